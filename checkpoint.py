@@ -1,0 +1,107 @@
+"""Checkpoints: written atomically, read back whole or not at all, resumed exactly.
+
+A checkpoint is one file, `checkpoint-<step>.pt`: sizes and settings, the weights, the optimizer. There is no random
+state in it, because there is none to keep: what a step reads and samples is a function of (seed, step, rank) alone.
+That is why an interrupted run, resumed, ends in the same weights as an uninterrupted one, bit by bit.
+"""
+import dataclasses
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import Run, UserError
+from data import Tokenizer
+from model import LanguageModel, ModelConfig, ScalarModel, build
+
+FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "compile", "eval_every", "save_every", "keep"}
+
+
+def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -> None:
+    """Write checkpoint-<step>.pt and forget all but the newest config.keep. parts: whatever has a state_dict.
+
+    The file appears under its name only when it is complete and on the disk. Rank 0 writes for all.
+    """
+    if run.rank:
+        return
+    path = run.folder / f"checkpoint-{step:07d}.pt"
+    temporary = path.with_suffix(".tmp")
+    state = {"step": step, "config": dataclasses.asdict(config), "model_config": dataclasses.asdict(model_config),
+             **{name: part.state_dict() for name, part in parts.items()}}
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    for old in steps_of(run.folder)[:-config.keep]:
+        (run.folder / f"checkpoint-{old:07d}.pt").unlink()
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a run folder, oldest first."""
+    names = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in Path(folder).glob("checkpoint-*.pt"))
+    return sorted(int(name.group(1)) for name in names if name)
+
+
+def latest(folder: Path) -> dict | None:
+    """The newest checkpoint that can be read; None where there is none. A damaged file is said and passed over."""
+    for step in reversed(steps_of(folder)):
+        path = Path(folder) / f"checkpoint-{step:07d}.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            print(f"{path} cannot be read ({str(error).splitlines()[0]}); trying the one before it")
+    return None
+
+
+def load_model(folder: str, first: str) -> tuple[LanguageModel | ScalarModel, Tokenizer]:
+    """The model and tokenizer of a finished stage. first: the command to run where there is none."""
+    state = latest(Path(folder))
+    if state is None:
+        raise UserError(f"{folder} holds no checkpoint; first run: {first}")
+    model = build(ModelConfig(**state["model_config"]))
+    if "head.weight" in state["model"]:
+        model = ScalarModel(model)
+    model.load_state_dict(state["model"])
+    return model, Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+
+
+def held_out_names(folder: str) -> set[str]:
+    """The names that a stage has held out, and every later stage holds out too."""
+    return set(json.loads((Path(folder) / "held_out.json").read_text()))
+
+
+def open_folder(folder: Path, config) -> dict | None:
+    """Decide where this run starts, before anything is written. Returns the checkpoint to go on from, or None.
+
+    resume=auto goes on where there is something to go on from, must insists on it, never wants an empty folder.
+    A folder made with other settings is not touched, unless --overwrite says so: then its files are removed.
+    """
+    state = latest(folder) if not config.overwrite else None
+    if config.overwrite:
+        for path in list(Path(folder).glob("checkpoint-*.pt")):
+            path.unlink()
+    if state is None:
+        if config.resume == "must":
+            raise UserError(f"{folder} holds no checkpoint to resume from")
+        return None
+    if config.resume == "never":
+        raise UserError(f"{folder} holds a run already; choose another --out, or --overwrite it")
+    now = dataclasses.asdict(config)
+    changed = [f"{name} {state['config'].get(name)!r} -> {value!r}" for name, value in now.items()
+               if name not in FREE and state["config"].get(name) != value]
+    if changed:
+        raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
+                        "choose another --out, or --overwrite it")
+    return state
+
+
+def restore(state: dict, **parts: Any) -> int:
+    """Load the parts' states; returns the step to go on with."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]

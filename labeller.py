@@ -1,0 +1,116 @@
+"""The simulated labeller: the guideline of an editor, as a score. The only file that knows it.
+
+Real labellers rank answers by a written guideline (Ouyang et al. 2022, appendix B.2). Ours ranks one-line
+descriptions of functions by PEP 257 and common sense. The reward model never sees this file, only the rankings; so,
+as in Gao et al. 2022, we can measure what a real project cannot: whether the reward model is right, and when PPO
+begins to exploit it. The weighted mean of the parts, each between 0 and 1, is the gold score.
+"""
+import re
+from collections import Counter
+
+from data import function_name, identifier_words
+
+WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
+TIE = 0.08                    # a smaller gap between two gold scores is no preference
+
+VERBS = set("""
+abort accept access accumulate acquire activate adapt add adjust advance align allocate allow analyze animate annotate
+append apply approximate arrange assemble assert assign associate attach attempt authenticate backtrack begin bind block
+blend bootstrap broadcast buffer build bump bypass cache calculate call cancel canonicalize cast change check choose clamp clean
+clear clip clone close coerce collapse collect combine commit compare compile complete compose compress compute concatenate
+configure confirm connect consider consolidate construct consume contract contain continue control convert copy correct count cover
+create crop cross cut cycle deactivate debug decide declare decode decompose decompress decorate decrease decrement deduce define
+delegate delete derive describe deserialize destroy detach detect determine differentiate disable discard disconnect discover dispatch
+display divide do download draw drop dump duplicate edit emit empty emulate enable encode encrypt end enforce ensure enter
+enumerate erase escape establish estimate evaluate examine exchange exclude execute exit expand expect explain export expose extend
+extract factor fail fetch fill filter finalize find finish fire fit fix flag flatten flip flush fold follow force forget fork
+format forward free freeze fuse gather generate get give go grab group guess guard guarantee handle hash hide hold identify
+ignore implement import include increase increment indent index indicate infer inform initialize inject insert inspect install
+instantiate integrate interleave interpolate interpret intersect invalidate invert invoke issue iterate join keep kill label launch
+lay leave let lex limit link list listen load localize locate lock log look lookup lower make manage manipulate map mark mask match
+materialize measure merge minimize mix modify monitor move multiply mutate negate normalize notify obtain offset omit open
+optimize order organize output overload override overwrite pack pad paint parse partition pass patch pause perform permute
+pick place plot point poll pop populate position post prepare prepend present preserve press prevent print probe process produce
+profile project promote propagate protect provide prune publish pull purge push put quantize query queue quit quote raise randomize
+rank read reassign rebuild recalculate receive recognize recompute reconstruct record recover redirect redraw reduce refer
+refine refresh register reindex reject relabel release reload remap remove rename render reorder repeat replace replay report
+represent request require rescale reset reshape resize resolve respond restart restore restrict resume retrieve retry return reuse
+reverse revert rewind rewrite rotate round route run sample sanitize save scale scan schedule score scroll search seek select send
+separate serialize serve set setup shift show shuffle shut shutdown sign simplify simulate skip sleep slice snap solve sort spawn
+specify split squeeze stack start step stop store stream strip submit substitute subtract suggest sum support suppress suspend
+swap switch sync synchronize tag take tell terminate test throw tie time toggle tokenize trace track train transfer transform
+translate transpose traverse treat trigger trim truncate try tune turn unbind undo unfold uninstall unlink unlock unpack unquote
+unregister unset unwrap update upgrade upload use validate verify view visit vote wait wake walk warn wrap write yield zero
+""".split())
+
+STOP_WORDS = set("a an and are as at be by for from if in into is it its of on or that the this to with".split())
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a line in lower case; identifiers count as the words they are made of."""
+    return [word for token in re.findall(r"[A-Za-z0-9_]+", line) for word in identifier_words(token)]
+
+
+def stem(word: str) -> str:
+    """A word without its ending, so that 'converts', 'converted' and 'conversion' meet 'convert' where they can."""
+    for ending in ("ations", "ation", "ings", "ing", "ions", "ion", "ers", "ies", "er", "ed", "es", "s", "e", "y"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[:-len(ending)]
+    return word
+
+
+def command(line: str) -> float:
+    """The first word is a verb in its base form: "Return …", not "Returns …"."""
+    first = re.match(r"[A-Za-z]+", line)
+    return float(bool(first) and first.group().lower() in VERBS)
+
+
+def about(prompt: str, line: str) -> float:
+    """Share of the identifier's words, stop words aside, whose stem begins a word of the line: attr, attribute."""
+    name = identifier_words(function_name(prompt))
+    stems = {stem(word) for word in name if word not in STOP_WORDS} or {stem(word) for word in name}
+    words = words_of(line)
+    return sum(any(word.startswith(wanted) for word in words) for wanted in stems) / max(1, len(stems))
+
+
+def sentence(line: str) -> float:
+    """It begins with a capital, and ends with a full stop: half a point each."""
+    return 0.5 * line[:1].isupper() + 0.5 * line.endswith(".")
+
+
+def length(line: str) -> float:
+    """1 for three to ten words, falling to 0 over six more; fewer than three: in proportion."""
+    n = len(line.split())
+    return min(n / 3, 1.0, max(0.0, (16 - n) / 6))
+
+
+class Labeller:
+    """The guideline, with the vocabulary of the training text that "words" asks for."""
+
+    def __init__(self, training_texts: list[str]):
+        tokens, counts = Counter(), Counter()
+        for text in training_texts:
+            tokens.update(re.findall(r"[A-Za-z0-9_]+", text))
+        for token, count in tokens.items():
+            for word in identifier_words(token):
+                counts[word] += count
+        self.known = {word for word, count in counts.items() if count >= 3}
+
+    def parts(self, prompt: str, line: str) -> dict[str, float]:
+        """Every part of the guideline, 0 to 1."""
+        words = words_of(line)
+        content = [word for word in words if word not in STOP_WORDS]
+        return {"command": command(line), "about": about(prompt, line), "sentence": sentence(line), "length": length(line),
+                "words": (sum(word in self.known for word in words) / max(1, len(words))) ** 2,
+                "no_repetition": (len(set(content)) / max(1, len(content))) ** 2}
+
+    def gold(self, prompt: str, line: str) -> float:
+        """The gold score: the weighted mean of the parts. An empty line is worth 0."""
+        if not line.strip():
+            return 0.0
+        parts = self.parts(prompt, line.strip())
+        return sum(WEIGHTS[name] * value for name, value in parts.items()) / sum(WEIGHTS.values())
+
+    def prefers(self, gold_a: float, gold_b: float) -> bool:
+        """a before b; a gap below TIE is no preference."""
+        return gold_a - gold_b >= TIE

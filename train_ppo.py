@@ -1,0 +1,384 @@
+"""PPO: let the model answer, score its answers with the reward model, and make the better ones likelier.
+
+    data              prompts alone (or --data prompts); the answers are the policy's own
+    initial weights   policy and frozen reference from SFT, value model from the reward model
+    mask              the structure's, as before
+    objective         clipped policy gradient (Schulman et al. 2017, eq. 7) on reward - beta KL(policy || reference),
+                      plus ptx times the language-model loss on human answers (Ouyang et al. 2022, eq. 2)
+    what is trained   the policy and the value model; reference and reward model stay as they are
+"""
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+import checkpoint
+import common
+import data
+import masks
+import model as model_file
+import objectives
+from common import UserError
+from generate import generate
+from labeller import Labeller
+
+# ---- 1. config ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    data: str = ""                      # own .jsonl with prompt, .py or folder instead of the default corpus
+    init: str = "runs/sft"              # run folder to start from
+    reward: str = "runs/rm"             # run folder of the reward model
+    out: str = "runs/ppo"               # run folder
+    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
+    overwrite: bool = False             # replace the run that the folder holds
+    beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
+    gamma: float = 1.0                  # discount per token
+    lam: float = 0.95                   # lambda of generalised advantage estimation
+    ratio_clip: float = 0.2             # the policy's probability ratio is clipped to 1 +- this
+    value_clip: float = 0.2             # the value may move this far from its old value
+    value_lr: float = 5e-4              # highest learning rate of the value model
+    no_end: float = 1.0                 # taken off the score of an answer that does not end
+    ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
+    ptx_size: int = 16                  # human answers mixed into every minibatch
+    epochs: int = 2                     # passes over the answers of an iteration
+    minibatch_size: int = 16            # answers in an optimizer step
+    max_new: int = 40                   # tokens of an answer at most
+    temperature: float = 1.0            # of the sampling
+    steps: int = 50                     # iterations: sample, score, learn
+    batch_size: int = 64                # answers an iteration, all ranks together
+    micro_batch_size: int = 0           # answers in one forward pass, 0: a whole minibatch
+    context: int = 128                  # tokens of prompt and answer at most; longer prompts are dropped
+    lr: float = 5e-4                    # highest learning rate
+    warmup: int = 3                     # steps until it is reached; then a cosine down to a tenth
+    weight_decay: float = 0.0           # on matrices only
+    clip: float = 1.0                   # largest norm of the gradient
+    eval_every: int = 10                # steps between evaluations, 0: only at the end
+    eval_size: int = 100                # held-out prompts in an evaluation
+    save_every: int = 10                # steps between checkpoints, 0: only at the end
+    keep: int = 2                       # checkpoints kept
+    seed: int = 1                       # decides order and draws
+    device: str = "auto"                # auto, cpu, cuda, mps
+    dtype: str = "auto"                 # auto (measured), fp32, bf16
+    compile: bool = False               # torch.compile the model
+    tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
+
+    TINY = dict(init="runs/tiny/sft", reward="runs/tiny/rm", out="runs/tiny/ppo", steps=4, batch_size=16, minibatch_size=8,
+                max_new=16, warmup=1, ptx_size=8, eval_every=2, eval_size=20, save_every=2)
+
+
+# ---- 2. set-up ---------------------------------------------------------------------------------------------------
+
+def set_up(config: Config) -> common.Run:
+    run = common.set_up(config)
+    if config.batch_size % config.minibatch_size or config.minibatch_size % run.world:
+        raise UserError(f"minibatch_size {config.minibatch_size} must divide batch_size {config.batch_size} "
+                        f"and be a multiple of the {run.world} ranks")
+    return run
+
+
+# ---- 3. data -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Data:
+    tokenizer: data.Tokenizer
+    train: list                         # prompts as tokens
+    held_out: list
+    pairs: list                         # (prompt, human answer): the mixed-in language-model loss
+    held_out_pairs: list
+    labeller: Labeller                  # for the reader of the log alone: nothing is trained on its gold score
+    held_out_names: set
+
+
+def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
+    records = data.load_records(config.data, config.tiny)
+    kept = checkpoint.held_out_names(config.init)
+    train, held_out = data.split([record for record in records if record.prompt], kept)
+    if not train or not held_out:
+        raise UserError(f"--data {config.data}: PPO wants prompts (.jsonl with prompt), and at least two")
+    prompts = [[row[0] for row in data.token_rows(tokenizer, part, ("prompt",), config.context - config.max_new)]
+               for part in (train, held_out)]
+    if not prompts[0] or not prompts[1]:
+        raise UserError(f"no prompt leaves room for an answer of {config.max_new} tokens in a context of {config.context}: "
+                        "raise the context, or lower max_new")
+    pairs = [data.token_rows(tokenizer, [record for record in part if record.response], ("prompt", "response"), config.context)
+             for part in (train, held_out)]
+    run.print(f"{len(train):,} prompts, {len(train) - len(prompts[0]):,} dropped as too long; "
+              f"held out by name: {len(held_out):,} prompts")
+    labeller = Labeller(data.texts_of([record for record in data.split(records, kept)[0]]))
+    return Data(tokenizer, *prompts, *pairs, labeller, kept | {record.name for record in held_out})
+
+
+def examples_of_step(config: Config, loaded: Data, step: int) -> list[list[int]]:
+    """What the step reads: batch_size prompts."""
+    sizes = np.ones(len(loaded.train), dtype=int)
+    chosen, _ = data.indices_of_step(sizes, config.batch_size, config.seed, step)
+    return [loaded.train[i] for i in chosen]
+
+
+def pairs_of_update(config: Config, loaded: Data, update: int) -> list[data.Example]:
+    """The human answers mixed into an optimizer step."""
+    sizes = np.ones(len(loaded.pairs), dtype=int)
+    chosen, _ = data.indices_of_step(sizes, config.ptx_size, config.seed + 1, update)
+    return [(loaded.pairs[i][0], [loaded.pairs[i][1]]) for i in chosen]
+
+
+# ---- 4. model ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Models:
+    """The four networks of PPO. policy and value as the training step calls them (DDP, compiled)."""
+    policy: torch.nn.Module
+    value: torch.nn.Module
+    reference: torch.nn.Module
+    reward: torch.nn.Module
+
+
+def build_model(config: Config, run: common.Run) -> tuple[Models, data.Tokenizer]:
+    policy, tokenizer = checkpoint.load_model(config.init, first="python train_sft.py" + " --tiny" * config.tiny)
+    reward, its_tokenizer = checkpoint.load_model(config.reward, first="python train_rm.py" + " --tiny" * config.tiny)
+    if not isinstance(reward, model_file.ScalarModel) or its_tokenizer.ranks != tokenizer.ranks:
+        raise UserError(f"{config.reward} is no reward model for the tokens of {config.init}")
+    models = Models(policy, value=copy.deepcopy(reward), reference=copy.deepcopy(policy), reward=reward)
+    for model in (models.policy, models.value, models.reference, models.reward):
+        model.to(run.device)
+    for model in (models.reference, models.reward):
+        model.requires_grad_(False)
+    run.print(f"{policy.config.structure}: 4 models of {model_file.parameter_count(policy):,} parameters, "
+              f"from {config.init} and {config.reward}")
+    return models, tokenizer
+
+
+# ---- 5. optimizer ------------------------------------------------------------------------------------------------
+
+def build_optimizer(config: Config, models: Models) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), one for both networks, each with its own learning rate."""
+    groups = [{"params": models.policy.parameters(), "scale": 1.0},
+              {"params": models.value.parameters(), "scale": config.value_lr / config.lr if config.lr else 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+
+
+# ---- 6. evaluate -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(config: Config, run: common.Run, loaded: Data, models: Models) -> dict[str, float]:
+    """On held-out prompts: gold score of sampled and of greedy answers; loss on the human answers."""
+    policy, n = common.unwrap(models.policy), config.eval_size
+    result = {}
+    for name, temperature in (("eval_gold", config.temperature), ("eval_gold_greedy", 0.0)):
+        answers = generate(policy, loaded.held_out[:n], loaded.tokenizer, config.max_new, temperature,
+                           generator=torch.Generator(run.device).manual_seed(config.seed))
+        result[name] = float(np.mean(golds(loaded, loaded.held_out[:n], answers)))
+    if loaded.held_out_pairs:
+        batch = data.lay_out([(p, [r]) for p, r in loaded.held_out_pairs[:n]], policy.config.structure, config.context,
+                             loaded.tokenizer).to(run.device)
+        with run.autocast():
+            logits_NV = policy(batch, masks.of_batch(policy.config.structure, batch), batch.loss_mask)
+        nats = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
+        result["eval_loss"] = float(nats / batch.loss_mask.sum())
+    return result
+
+
+def golds(loaded: Data, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    decode = loaded.tokenizer.decode
+    return [loaded.labeller.gold(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
+
+
+# ---- 7. train ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    """A minibatch of answers and what was known when they were sampled. Tensors (B, T), packed as the batch is."""
+    batch: data.Batch
+    masks: masks.Masks
+    actions: torch.Tensor               # True at the positions whose prediction was sampled
+    last_action: torch.Tensor           # True at the last of each answer
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor                # the reward model's, at last_action
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+
+def train_step(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, step: int) -> dict[str, float]:
+    """One iteration: sample answers, score them, estimate advantages, learn from them for some epochs."""
+    prompts = run.mine(examples_of_step(config, loaded, step))
+    answers = sample(config, run, loaded, models, prompts, step)
+    n = config.minibatch_size // run.world
+    rollouts = [score(config, run, loaded, models, prompts[i:i + n], answers[i:i + n]) for i in range(0, len(prompts), n)]
+    estimate_advantages(config, run, rollouts)
+    metrics = describe(run, loaded, prompts, answers, rollouts)
+    return {**metrics, **learn(config, run, loaded, models, optimizer, rollouts, step)}
+
+
+def sample(config: Config, run: common.Run, loaded: Data, models: Models, prompts, step: int) -> list[list[int]]:
+    """The policy's own answers. The draws are a function of seed, step and rank."""
+    generator = torch.Generator(run.device).manual_seed((config.seed * 100_003 + step) * 1_009 + run.rank)
+    return generate(common.unwrap(models.policy), prompts, loaded.tokenizer, config.max_new, config.temperature,
+                    generator=generator)
+
+
+@torch.no_grad()
+def score(config: Config, run: common.Run, loaded: Data, models: Models, prompts, answers) -> Rollout:
+    """Lay a minibatch of answers out, once, and let the four networks read it.
+
+    Learning reads the very same layout, so on the first minibatch the ratio is 1 to the last bit.
+    """
+    structure = common.unwrap(models.policy).config.structure
+    examples = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+    batch_masks, actions_BT = masks.of_batch(structure, batch), batch.loss_mask
+    with run.autocast():
+        logits_NV = models.policy(batch, batch_masks, actions_BT) / config.temperature
+        ref_logits_NV = models.reference(batch, batch_masks, actions_BT) / config.temperature
+        values_BT = models.value(batch, batch_masks)
+        scores_BT = models.reward(batch, batch_masks)
+    ended_BT = batch.tokens == loaded.tokenizer.end
+    scores_BT = torch.where(ended_BT, scores_BT, scores_BT - config.no_end)
+    # subtle: the reward is read where the last token stands, and paid where it was chosen: one position before
+    last_action_BT = torch.roll(batch.last, -1, dims=1)
+    in_place = partial(torch.zeros_like(values_BT).masked_scatter, actions_BT)         # (N,) -> (B, T)
+    return Rollout(batch, batch_masks, actions_BT, last_action_BT,
+                   in_place(objectives.token_logprobs(logits_NV, batch.targets[actions_BT])),
+                   in_place(objectives.token_logprobs(ref_logits_NV, batch.targets[actions_BT])),
+                   in_place(objectives.entropy(logits_NV)), values_BT, torch.roll(scores_BT, -1, dims=1))
+
+
+def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]) -> None:
+    """Rewards with the KL penalty, generalised advantages, returns; advantages whitened over the whole iteration."""
+    for r in rollouts:
+        rewards_BT = objectives.kl_penalised_rewards(r.scores, r.logprobs, r.ref_logprobs, r.actions, r.last_action,
+                                                     config.beta)
+        r.advantages = objectives.gae(rewards_BT, r.values, r.actions, r.last_action, config.gamma, config.lam)
+        r.returns = r.advantages + r.values
+    advantages_N = torch.cat([r.advantages[r.actions] for r in rollouts]).double()
+    n, total, squares = run.sum(torch.stack([torch.tensor(float(len(advantages_N)), device=run.device, dtype=torch.float64),
+                                             advantages_N.sum(), (advantages_N ** 2).sum()]))
+    mean, var = (total / n).float(), (squares / n - (total / n) ** 2).float()
+    for r in rollouts:
+        r.advantages = objectives.whiten(r.advantages, (mean, var)) * r.actions
+
+
+def learn(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, rollouts: list[Rollout],
+          step: int) -> dict[str, float]:
+    """Some epochs over the minibatches: an optimizer step each."""
+    updates = [(epoch, i) for epoch in range(config.epochs) for i in range(len(rollouts))]
+    sums = []
+    for number, (epoch, i) in enumerate(updates):
+        sums.append(update(config, run, loaded, models, optimizer, rollouts[i], step * len(updates) + number))
+        if number == 0 and sums[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
+            raise common.Fault(f"on the first minibatch the ratio differs from 1 by {sums[0]['off']:.2g}: "
+                               "the policy that learns is not the one that sampled")
+    means = {name: float(np.mean([s[name] for s in sums])) for name in sums[0] if name not in ("off", "ratio")}
+    return {"ratio": sums[0]["ratio"], **means}
+
+
+def update(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, r: Rollout, number: int) -> dict[str, float]:
+    """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in."""
+    counted = run.sum(r.actions.sum())
+    mixed = config.ptx > 0 and bool(loaded.pairs)
+    with run.autocast(), common.gradients_meet(models.policy, last=not mixed):
+        logits_NV = models.policy(r.batch, r.masks, r.actions) / config.temperature
+        logprobs_N, old_logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions]), r.logprobs[r.actions]
+        policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
+                                                     config.ratio_clip).sum() / counted
+        (policy_loss * run.world).backward()                  # DDP averages over ranks; the loss is a sum
+    with run.autocast():
+        values_N = models.value(r.batch, r.masks)[r.actions]
+        value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions], r.returns[r.actions],
+                                                   config.value_clip).sum() / counted
+        (value_loss * run.world).backward()
+    ptx_loss = mix_in(config, run, loaded, models.policy, number) if mixed else 0.0
+    networks = [model for model in (models.policy, models.value)]
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf) for model in networks]
+    common.check_finite(number, loss=policy_loss + value_loss + ptx_loss, gradient=sum(norms))
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        change = logprobs_N - old_logprobs_N
+        clipped = run.sum(((change.exp() - 1).abs() > config.ratio_clip).sum()) / counted
+        ratio = run.sum(change.exp().sum()) / counted
+    return {"policy_loss": float(run.sum(policy_loss.detach())), "value_loss": float(run.sum(value_loss.detach())),
+            "ptx_loss": float(ptx_loss), "clip_fraction": float(clipped), "ratio": float(ratio),
+            "off": float((change.exp() - 1).abs().max())}
+
+
+def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -> float:
+    """PPO-ptx: ptx times the loss on human answers keeps the policy from forgetting how people write."""
+    structure = common.unwrap(policy).config.structure
+    examples = run.mine(pairs_of_update(config, loaded, number))
+    batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+    counted = run.sum(batch.loss_mask.sum())
+    with run.autocast():
+        logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
+        loss = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
+        (config.ptx * loss / counted * run.world).backward()
+    return float(run.sum(loss.detach()) / counted)
+
+
+# ---- 8. log ------------------------------------------------------------------------------------------------------
+
+def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rollout]) -> dict[str, float]:
+    """The iteration's answers in figures: means over answers, over tokens for entropy."""
+    def total(name: str, mask: str) -> torch.Tensor:
+        return sum((getattr(r, name) * getattr(r, mask)).sum() for r in rollouts)
+    kl = sum(((r.logprobs - r.ref_logprobs) * r.actions).sum() for r in rollouts)
+    ended = sum(answer[-1] == loaded.tokenizer.end for answer in answers)
+    n_tokens = sum(map(len, answers))
+    sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl, total("entropy", "actions"),
+                                 ended, sum(golds(loaded, prompts, answers))], dtype=torch.float64)).tolist()
+    values, returns = (torch.cat([getattr(r, name)[r.actions] for r in rollouts]) for name in ("values", "returns"))
+    n, n_tokens, score, kl, entropy, ended, gold = sums
+    return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens, "length": n_tokens / n,
+            "ended": ended / n, "explained_variance": float(objectives.explained_variance(values, returns))}
+
+
+def write_samples(config: Config, run: common.Run, loaded: Data, models: Models) -> None:
+    """A few held-out functions, described by a human and by the policy."""
+    pairs = loaded.held_out_pairs[:6]
+    prompts = [prompt for prompt, _ in pairs]
+    continued = generate(common.unwrap(models.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
+                         generator=torch.Generator(run.device).manual_seed(config.seed))
+    run.write_samples([(loaded.tokenizer.decode(prompt), loaded.tokenizer.decode(text), loaded.tokenizer.decode(new))
+                       for (prompt, text), new in zip(pairs, continued)])
+
+
+# ---- 9. save -----------------------------------------------------------------------------------------------------
+
+def main(config: Config) -> dict[str, float]:
+    """The stage from beginning to end. Returns the last line of its log."""
+    run = set_up(config)
+    state = checkpoint.open_folder(run.folder, config)
+    models, tokenizer = build_model(config, run)
+    loaded = load_data(config, run, tokenizer)
+    policy, value = models.policy, models.value
+    optimizer = build_optimizer(config, models)
+    start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
+    run.print_example(loaded.tokenizer.decode(examples_of_step(config, loaded, 0)[0]) + "[[the policy's answer]]")
+    common.open_run(run, config, loaded.tokenizer, loaded.held_out_names)
+    log = common.Log(run, start)
+    models.policy, models.value = (common.wrap(model, run, config.compile) for model in (policy, value))
+
+    for step in run.progress(range(start, config.steps), "PPO"):
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, config) * group["scale"]
+        log.add(train_step(config, run, loaded, models, optimizer, step))
+        if common.due(step + 1, config.save_every, config.steps):       # before the evaluation: it may run out of memory
+            checkpoint.save(run, step + 1, config, policy.config, model=policy, value=value, optimizer=optimizer)
+        due = common.due(step + 1, config.eval_every, config.steps)
+        log.line(step + 1, **(evaluate(config, run, loaded, models) if due else {}))
+
+    log.curves()
+    write_samples(config, run, loaded, models)
+    run.print(f"done in {run.seconds():.0f} s: {run.folder}. Next: python evaluate.py" + " --tiny" * config.tiny)
+    return log.last
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config, __doc__)
