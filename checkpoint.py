@@ -66,7 +66,10 @@ def load_model(folder: str, first: str) -> tuple[LanguageModel | ScalarModel, To
     model = build(ModelConfig(**state["model_config"]))
     if "head.weight" in state["model"]:
         model = ScalarModel(model)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise UserError(f"{folder} was written by another version of this program; train it anew") from None
     return model, Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
 
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend. One sentence on stderr, exit code 2, nothing written."""
 
 
@@ -134,6 +134,10 @@ class Run:
                             "raise batch_size or use fewer ranks")
         return parts
 
+    def finish(self, following: str, tiny: bool) -> None:
+        """The last words of a stage."""
+        self.print(f"done in {self.seconds():.0f} s: {self.folder}\nnext: {following}{' --tiny' * tiny}")
+
     def progress(self, items, description: str):
         return tqdm(items, desc=description, leave=False, disable=True if self.rank else None)
 
@@ -161,10 +165,10 @@ def set_up(config) -> Run:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    torch.manual_seed(config.seed)
     run = Run(Path(config.out), device, torch.float32, rank, world)
     threads = choose_threads(device, world)
     run.dtype, why = choose_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)                  # after the timing above, which draws numbers of its own
     run.print(f"{processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} thread(s), {why}")
     return run
 
@@ -306,9 +310,15 @@ def gradients_meet(wrapped, last: bool):
 def check_finite(step: int, **values) -> None:
     """Stop before the optimizer would spoil the weights."""
     for name, value in values.items():
-        if not math.isfinite(float(value)):
-            raise Fault(f"the {name} of step {step + 1} is {float(value)}; the last checkpoint is kept. "
+        if not math.isfinite(float(torch.as_tensor(value).detach())):
+            raise Fault(f"the {name} of step {step + 1} is not a finite number; the last checkpoint is kept. "
                         "A lower lr, more warmup or fp32 may help")
+
+
+def padding_share(batches) -> float:
+    """Padding tokens / all computed tokens."""
+    padding, everything = zip(*(batch.padding() for batch in batches))
+    return sum(padding) / sum(everything)
 
 
 def due(done: int, every: int, steps: int) -> bool:

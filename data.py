@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import objectives
 from common import UserError
 
 CACHE = Path("runs/cache")
@@ -384,6 +385,19 @@ def split(records: list[Record], kept: set[str] = frozenset()) -> tuple[list[Rec
     return train, held
 
 
+def objective_of(name: str, tokenizer: "Tokenizer"):
+    """The function (tokens of a text, generator) -> (source, target) of that name in objectives.py."""
+    known = {"next_token": objectives.next_token, "prefix_lm": objectives.prefix_lm,
+             "span_corruption": functools.partial(objectives.span_corruption, sentinels=tokenizer.sentinels)}
+    if name not in known:
+        raise UserError(f"objective is {name!r}; it must be one of {', '.join(known)}")
+    return known[name]
+
+
+def names_of(records: list[Record]) -> set[str]:
+    return {record.name for record in records}
+
+
 # ---- layout: examples -> Batch ----------------------------------------------------------------------------------
 
 Example = tuple[list[int], list[list[int]]]       # a source and its targets: one, or the candidates of a prompt
@@ -418,6 +432,18 @@ class Batch:
         return sum(int((x < 0).sum()) for x in rows), sum(x.numel() for x in rows)
 
 
+def loss_weights(batch: Batch, structure: str, source_weight: float) -> Tensor:
+    """(B, T) 1 where a target token is predicted; source_weight where a source token is, which only the causal decoder
+    can be asked to do: the others see the whole source at once."""
+    weights = batch.loss_mask.float()
+    if source_weight and structure == "causal":
+        next_document, next_part = (torch.roll(x, -1, dims=1) for x in (batch.document, batch.part))
+        in_source = (batch.document >= 0) & (next_document == batch.document) & (next_part == 0)
+        in_source[:, -1] = False
+        weights = weights + source_weight * in_source
+    return weights
+
+
 def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """Examples -> rows of about row_length tokens and nearly equal length, so that little padding is needed.
 
@@ -426,7 +452,7 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """
     sizes = np.array(sizes)
     wanted = max(1, round((sizes.sum(0) / row_length).max()))
-    tries = {min(len(sizes), n) for n in range(max(1, 3 * wanted // 4), 5 * wanted // 4 + 2)}
+    tries = {min(len(sizes), n) for n in range(-(-3 * wanted // 4), 5 * wanted // 4 + 2)}
     return min((_spread(sizes, n) for n in sorted(tries)),
                key=lambda rows: len(rows) * np.max([sizes[row].sum(0) for row in rows], axis=0).sum())
 
@@ -541,11 +567,57 @@ def pieces(tokenizer: Tokenizer, records: list[Record], context: int) -> list[li
     return cut
 
 
-def token_rows(tokenizer: Tokenizer, records: list[Record], names: tuple, context: int) -> list[list[list[int]]]:
-    """The named fields of every record as tokens, answers with their end token: [prompt, answer, ...].
+def token_rows(tokenizer: Tokenizer, records: list[Record], names: tuple, context: int) -> list[Example]:
+    """The named fields of every record as an example: the prompt, and the answers with their end token.
 
     Records whose prompt and longest answer do not fit behind <bos> in `context` tokens are left out.
     """
     columns = [tokenizer.encode_all([getattr(record, name) for record in records]) for name in names]
-    rows = [[prompt, *(answer + [tokenizer.end] for answer in answers)] for prompt, *answers in zip(*columns)]
-    return [row for row in rows if 1 + len(row[0]) + max(map(len, row[1:]), default=1) <= context]
+    rows = [(prompt, [answer + [tokenizer.end] for answer in answers]) for prompt, *answers in zip(*columns)]
+    return [row for row in rows if 1 + len(row[0]) + max(map(len, row[1]), default=1) <= context]
+
+
+def require(examples: list[list], at_least: int, wanted: str, config) -> None:
+    """Both sets must hold something, and the training set one step's worth."""
+    if len(examples[0]) < at_least or not examples[1]:
+        raise UserError(f"{config.data or 'the default corpus'} gives {len(examples[0]):,} training and {len(examples[1]):,} "
+                        f"held-out sequences of at most {config.context} tokens; wanted are {wanted}, {at_least:,} for a step: "
+                        "bring more data, raise the context, or lower batch_size")
+
+
+def require_tokens(pieces: list[list[int]], at_least: int, config) -> None:
+    n = sum(map(len, pieces))
+    if n < at_least:
+        raise UserError(f"the text has {n:,} tokens; one step wants batch_size x context = {at_least:,}: "
+                        "lower one of them, or bring more text")
+
+
+@dataclass
+class Group:
+    """One prompt and its ranked answers; the ranking is all that a reward model sees."""
+    prompt: list[int]
+    answers: list[list[int]]            # with their end tokens; the human answer first where there is one
+    ranking: list[float]                # larger is better; a labeller's score, or 1 chosen and 0 rejected
+    human: bool
+
+
+def by_prompt(values_N: Tensor, batch: Batch) -> Tensor:
+    """Values at batch.last, row by row -> (P, K): answer k of prompt p. 0 where a prompt has fewer than K answers."""
+    prompt_N, answer_N = batch.document[batch.last], batch.part[batch.last] - 1
+    empty = values_N.new_zeros(int(prompt_N.max()) + 1, int(answer_N.max()) + 1)
+    return empty.index_put((prompt_N, answer_N), values_N)
+
+
+def show_group(group: Group, tokenizer: Tokenizer) -> str:
+    """A prompt and its answers, the best first; between [[ ]] the token at which each is scored."""
+    order = sorted(range(len(group.answers)), key=lambda k: -group.ranking[k])
+    return "\n".join([tokenizer.decode(group.prompt)] + [
+        f"{group.ranking[k]:.2f}  {tokenizer.encoding.decode(group.answers[k][:-1])}"
+        f"[[{tokenizer.encoding.decode(group.answers[k][-1:])}]]" for k in order])
+
+
+def preferences(groups: list[Group], tie: float) -> Tensor:
+    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l; a gap below tie is no preference."""
+    K = max(len(group.ranking) for group in groups)
+    ranking_PK = torch.tensor([group.ranking + [float("nan")] * (K - len(group.ranking)) for group in groups])
+    return ranking_PK[:, :, None] - ranking_PK[:, None, :] >= tie          # comparisons with nan are False

@@ -1,16 +1,21 @@
 """Sampling with the key/value cache, for all three structures and prompts of unequal length.
 
     python generate.py --run runs/ppo --prompt "def area(width, height):"
-    python generate.py --run runs/sft --prompts functions.txt --temperature 0
+    python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
+    python generate.py --run runs/ppo                                             asks for prompts
 """
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import common
 import masks
-from data import Batch, Tokenizer
+from checkpoint import load_model
+from common import UserError
+from data import Batch, Tokenizer, function_name, function_prompt
 from model import KVCache, LanguageModel
 
 
@@ -25,8 +30,8 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.float() / temperature
     if 0 < top_k < logits_BV.shape[-1]:
-        kth_BV = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_BV, float("-inf"))
+        kth_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
     if top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
         before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)     # probability of what is likelier
@@ -120,3 +125,70 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
         for i, row in zip(chosen, torch.stack(drawn, dim=1).tolist()):
             responses[i] = row[:row.index(tokenizer.end) + 1] if tokenizer.end in row else row
     return responses
+
+
+def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
+                  temperature: float, seed: int) -> list[list[int]]:
+    """generate() for thousands of prompts, shared between the ranks. The draws do not depend on the number of ranks."""
+    parts = [prompts[i:i + 256] for i in range(0, len(prompts), 256)]
+    mine = {}
+    for i in run.progress(run.mine(list(range(len(parts)))), "sampling answers"):
+        generator = torch.Generator(run.device).manual_seed(1_000_003 * seed + i)
+        mine[i] = generate(model, parts[i], tokenizer, max_new, temperature, generator=generator)
+    answers = run.gather(mine)
+    return [answer for i in range(len(parts)) for answer in answers[i]]
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    run: str = "runs/ppo"               # run folder of the model: runs/pretrain, runs/sft, runs/ppo
+    prompt: str = ""                    # one prompt; a function signature is completed to the form that was trained
+    prompts: str = ""                   # a file with one prompt a line
+    samples: int = 1                    # answers to every prompt
+    max_new: int = 64                   # tokens of an answer at most
+    temperature: float = 1.0            # 0 takes the most likely token
+    top_k: int = 0                      # draw from the k most likely tokens, 0: from all
+    top_p: float = 1.0                  # draw from the most likely tokens that together reach this probability
+    seed: int = 1                       # decides the draws
+    device: str = "auto"                # auto, cpu, cuda, mps
+
+
+def as_trained(prompt: str) -> str:
+    """A bare function signature gets its line of words; any other prompt stays as it is."""
+    return function_prompt(prompt) if function_name(prompt) and "\n" not in prompt.strip() else prompt
+
+
+def main(config: Config) -> list[str]:
+    """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
+    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0 or config.max_new < 1 or config.samples < 1:
+        raise UserError("temperature and top_k must not be negative, top_p lies in (0, 1], max_new and samples are at least 1")
+    if config.prompts and not Path(config.prompts).is_file():
+        raise UserError(f"--prompts {config.prompts}: there is no such file")
+    device = common.choose_device(config.device)
+    model, tokenizer = load_model(config.run, first="python train_pretrain.py")
+    if not isinstance(model, LanguageModel):
+        raise UserError(f"{config.run} is a reward model: it scores answers and writes none")
+    model.to(device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+
+    def answer(prompts: list[str]) -> list[str]:
+        prompts = [as_trained(prompt) for prompt in prompts for _ in range(config.samples)]
+        answers = generate(model, [tokenizer.encode(prompt) for prompt in prompts], tokenizer, config.max_new,
+                           config.temperature, config.top_k, config.top_p, generator)
+        texts = [tokenizer.decode(tokens) for tokens in answers]
+        for prompt, text in zip(prompts, texts):
+            print(f"{prompt.rstrip()}\n{text}\n" if config.prompts else text)
+        return texts
+
+    if config.prompt:
+        return answer([config.prompt])
+    if config.prompts:
+        return answer([line for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()])
+    print("A prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
+    return [text for line in iter(lambda: sys.stdin.readline().strip(), "") for text in answer([line])]
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config, __doc__)

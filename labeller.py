@@ -8,7 +8,9 @@ begins to exploit it. The weighted mean of the parts, each between 0 and 1, is t
 import re
 from collections import Counter
 
+import data
 from data import function_name, identifier_words
+from generate import generate_many
 
 WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
 TIE = 0.08                    # a smaller gap between two gold scores is no preference
@@ -111,6 +113,28 @@ class Labeller:
         parts = self.parts(prompt, line.strip())
         return sum(WEIGHTS[name] * value for name, value in parts.items()) / sum(WEIGHTS.values())
 
+    def rank(self, prompt: str, answers: list[str]) -> list[float]:
+        """What a labeller returns for the answers to a prompt: an order, here as the scores that it follows."""
+        return [self.gold(prompt, answer) for answer in answers]
+
     def prefers(self, gold_a: float, gold_b: float) -> bool:
         """a before b; a gap below TIE is no preference."""
         return gold_a - gold_b >= TIE
+
+
+def collect_rankings(config, run, tokenizer, records: list[data.Record], sft, labeller: Labeller) -> list[data.Group]:
+    """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft, ranked.
+
+    Records that bring their own comparison (chosen, rejected) are taken as they are.
+    """
+    given = data.token_rows(tokenizer, [r for r in records if r.chosen], ("prompt", "chosen", "rejected"), config.context)
+    groups = [data.Group(prompt, answers, [1.0, 0.0], human=False) for prompt, answers in given]
+    pairs = data.token_rows(tokenizer, [r for r in records if r.response], ("prompt", "response"), config.context - config.max_new)
+    n = config.answers - 1
+    samples = generate_many(run, sft, [prompt for prompt, _ in pairs for _ in range(n)], tokenizer, config.max_new,
+                            config.temperature, config.seed)
+    for i, (prompt, human) in enumerate(pairs):
+        answers = human + samples[i * n:(i + 1) * n]
+        ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])
+        groups.append(data.Group(prompt, answers, ranking, human=True))
+    return groups

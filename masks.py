@@ -12,7 +12,8 @@ A row of a batch may hold several documents (packing), and a document one source
 see each other (the candidates of one prompt). Three integers per token say all of it (data.Batch):
 `document` (-1: padding), `part` (0: source, k: the k-th target) and its index in the row.
 """
-import sys
+import argparse
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ class Masks(NamedTuple):
 
 
 def predicates(structure: str, batch) -> Masks:
-    """The predicates of a structure for one batch (data.Batch); DESIGN: causal, prefix or encdec."""
+    """The predicates of a structure for one batch (data.Batch); causal, prefix or encdec."""
     within = same_document(batch.document, batch.document)
     if structure == "causal":
         return Masks(causal & within & (prefix(batch.part) | same_part(batch.part)))
@@ -194,8 +195,11 @@ def write_picture(path: str) -> None:
 
 
 if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--picture", metavar="FILE", help="draw the figure into this file (png, pdf or svg)")
+    picture = flags.parse_args().picture
+    if picture and Path(picture).suffix not in (".png", ".pdf", ".svg"):
+        flags.error(f"--picture {picture}: the name must end in .png, .pdf or .svg")
     print(ascii_picture())
-    if "--picture" in sys.argv[1:-1]:
-        write_picture(sys.argv[sys.argv.index("--picture") + 1])
-    elif len(sys.argv) > 1:
-        sys.exit("usage: python masks.py [--picture FILE]")
+    if picture:
+        write_picture(picture)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks as masks_module
+from common import UserError
 from masks import Masks
 
 STRUCTURES = ("causal", "prefix", "encdec")
@@ -36,14 +37,16 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.structure not in STRUCTURES:
-            raise ValueError(f"structure is {self.structure!r}; it must be one of {', '.join(STRUCTURES)}")
+            raise UserError(f"structure is {self.structure!r}; it must be one of {', '.join(STRUCTURES)}")
         for name in ("vocab", "layers", "heads", "kv_heads", "width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"heads {self.heads} must divide width {self.width} into heads of an even width")
+            raise UserError(f"heads {self.heads} must divide width {self.width} into heads of an even width")
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+            raise UserError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        if self.ffn_width < 0:
+            raise UserError(f"ffn_width is {self.ffn_width}; it must not be negative")
         self.ffn_width = self.ffn_width or 32 * math.ceil(8 * self.width / 3 / 32)
 
     @property
@@ -70,16 +73,15 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask) -> Tensor:
     if not isinstance(mask, Tensor) and mask is not masks_module.causal:
         return flex(q_BHTK, k_BGSK, v_BGSK, mask)
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-    if groups > 1:
-        k_BGSK, v_BGSK = (x.repeat_interleave(groups, dim=1) for x in (k_BGSK, v_BGSK))
+    k_BHSK, v_BHSK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BGSK, v_BGSK))
     if mask is not masks_module.causal:
-        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
     if not q_BHTK.is_cuda:
-        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
-        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
 
 
 def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, block_mask) -> Tensor:
@@ -316,10 +318,10 @@ class ScalarModel(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
-    def forward(self, batch, masks: Masks) -> Tensor:
-        """Scores (B, T), fp32."""
-        raw_BT = self.head(self.trunk.hidden(batch, masks)).squeeze(-1).float()
-        return (raw_BT - self.mean) / self.std
+    def forward(self, batch, masks: Masks, where_BT: Tensor) -> Tensor:
+        """Scores (N,), fp32, at the N positions where `where` is True, row by row."""
+        raw_N = self.head(self.trunk.hidden(batch, masks)[where_BT]).squeeze(-1).float()
+        return (raw_N - self.mean) / self.std
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -72,14 +72,15 @@ def token_logprobs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return -F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-def language_model_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """L = - sum over the N counted tokens of log p(target_n). A sum: divide it by the counted tokens of the whole step.
+def language_model_loss(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """L = - sum over the N counted tokens of weight_n log p(target_n). A sum: divide it by the step's whole weight.
 
     Counted are, in next-token pretraining, all tokens; in SFT the response and its end token (Ouyang et al. 2022,
     section 3.5). Dividing by anything else, for instance each micro-batch by its own count, would weigh the tokens of
     short micro-batches more than those of long ones.
     """
-    return -token_logprobs(logits_NV, targets_N).sum()
+    logprobs_N = token_logprobs(logits_NV, targets_N)
+    return -(logprobs_N if weights_N is None else logprobs_N * weights_N).sum()
 
 
 def pairwise_reward_loss(scores_PK: Tensor, preference_PKK: Tensor) -> Tensor:
@@ -91,9 +92,18 @@ def pairwise_reward_loss(scores_PK: Tensor, preference_PKK: Tensor) -> Tensor:
     A sum over prompts: divide it by the prompts of the whole step.
     """
     margin_PKK = scores_PK[:, :, None] - scores_PK[:, None, :]
-    losses_PKK = -F.logsigmoid(margin_PKK) * preference_PKK
+    losses_PKK = torch.where(preference_PKK, -F.logsigmoid(margin_PKK), 0.0)
     n_pairs_P = preference_PKK.sum((1, 2)).clamp(min=1)
     return (losses_PKK.sum((1, 2)) / n_pairs_P).sum()
+
+
+def pairwise_accuracy(scores_PK: Tensor, preference_PKK: Tensor, human_P: Tensor) -> Tensor:
+    """[[right, all], ...] numbers of pairs (3, 2): all pairs, sample against sample, human (answer 0) against sample."""
+    right_PKK = preference_PKK & (scores_PK[:, :, None] > scores_PK[:, None, :])
+    with_human_PKK = torch.zeros_like(preference_PKK)
+    with_human_PKK[:, 0, :] = with_human_PKK[:, :, 0] = human_P[:, None]
+    kinds = (torch.ones_like(with_human_PKK), ~with_human_PKK, with_human_PKK)
+    return torch.stack([torch.stack([(x & kind).sum() for x in (right_PKK, preference_PKK)]) for kind in kinds])
 
 
 # ---- PPO (Schulman et al. 2017) on token sequences ---------------------------------------------------------------
@@ -103,7 +113,7 @@ def pairwise_reward_loss(scores_PK: Tensor, preference_PKK: Tensor) -> Tensor:
 def entropy(logits_NV: Tensor) -> Tensor:
     """H_n = - sum_v p_v log p_v, in nats. (N,)"""
     logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
-    return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    return torch.special.entr(logprobs_NV.exp()).sum(-1)          # entr(p) = - p log p, and 0 where p is 0
 
 
 def kl_penalised_rewards(scores_BT: Tensor, logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor,
@@ -127,10 +137,10 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, last_BT: Tensor,
     advantages_BT = torch.zeros_like(rewards_BT)
     next_value = next_advantage = torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):
-        goes_on = (mask_BT[:, t] & ~last_BT[:, t]).float()
+        goes_on = (mask_BT[:, t] & ~last_BT[:, t]).to(values_BT.dtype)
         delta = rewards_BT[:, t] + gamma * goes_on * next_value - values_BT[:, t]
-        next_advantage = (delta + gamma * lam * goes_on * next_advantage) * mask_BT[:, t]
-        next_value = values_BT[:, t]
+        next_advantage = torch.where(mask_BT[:, t], delta + gamma * lam * goes_on * next_advantage, 0.0)
+        next_value = torch.where(mask_BT[:, t], values_BT[:, t], 0.0)
         advantages_BT[:, t] = next_advantage
     return advantages_BT
 
@@ -158,5 +168,9 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 one that knows the mean alone. 1-D, counted entries only."""
-    return 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-8)
+    """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 one that knows the mean alone. 1-D, counted entries only.
+
+    Returns that are all alike leave nothing to explain: 0.
+    """
+    variance = returns.var(unbiased=False)
+    return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance.clamp(min=1e-12), 0.0)

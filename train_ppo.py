@@ -22,7 +22,7 @@ import masks
 import model as model_file
 import objectives
 from common import UserError
-from generate import generate
+from generate import generate, generate_many
 from labeller import Labeller
 
 # ---- 1. config ---------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ from labeller import Labeller
 
 @dataclass
 class Config:
-    data: str = ""                      # own .jsonl with prompt, .py or folder instead of the default corpus
+    data: str = ""                      # own data instead of the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/sft"              # run folder to start from
     reward: str = "runs/rm"             # run folder of the reward model
     out: str = "runs/ppo"               # run folder
@@ -47,21 +47,21 @@ class Config:
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
     minibatch_size: int = 16            # answers in an optimizer step
-    max_new: int = 40                   # tokens of an answer at most
-    temperature: float = 1.0            # of the sampling
+    max_new: int = 40                   # tokens of a sample at most
+    temperature: float = 1.0            # of the samples
     steps: int = 50                     # iterations: sample, score, learn
     batch_size: int = 64                # answers an iteration, all ranks together
-    micro_batch_size: int = 0           # answers in one forward pass, 0: a whole minibatch
-    context: int = 128                  # tokens of prompt and answer at most; longer prompts are dropped
+    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
+    context: int = 128                  # tokens of a sequence at most; longer ones are dropped
     lr: float = 5e-4                    # highest learning rate
-    warmup: int = 3                     # steps until it is reached; then a cosine down to a tenth
+    warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only
-    clip: float = 1.0                   # largest norm of the gradient
+    clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 10                # steps between evaluations, 0: only at the end
-    eval_size: int = 100                # held-out prompts in an evaluation
+    eval_size: int = 500                # held-out sequences in an evaluation
     save_every: int = 10                # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
-    seed: int = 1                       # decides order and draws
+    seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto (measured), fp32, bf16
     compile: bool = False               # torch.compile the model
@@ -86,45 +86,42 @@ def set_up(config: Config) -> common.Run:
 @dataclass
 class Data:
     tokenizer: data.Tokenizer
-    train: list                         # prompts as tokens
-    held_out: list
-    pairs: list                         # (prompt, human answer): the mixed-in language-model loss
-    held_out_pairs: list
-    labeller: Labeller                  # for the reader of the log alone: nothing is trained on its gold score
-    held_out_names: set
+    train: list                         # what the steps draw from
+    held_out: list                      # examples to evaluate on; no name occurs in both
+    names: set                          # the names held out, here and in every later stage
+    pairs: list                         # examples (prompt, [response]) for the mixed-in language-model loss
+    labeller: Labeller                  # for the reader of the log alone: nothing is trained on its score
 
 
 def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
-    records = data.load_records(config.data, config.tiny)
-    kept = checkpoint.held_out_names(config.init)
-    train, held_out = data.split([record for record in records if record.prompt], kept)
-    if not train or not held_out:
-        raise UserError(f"--data {config.data}: PPO wants prompts (.jsonl with prompt), and at least two")
-    prompts = [[row[0] for row in data.token_rows(tokenizer, part, ("prompt",), config.context - config.max_new)]
-               for part in (train, held_out)]
-    if not prompts[0] or not prompts[1]:
-        raise UserError(f"no prompt leaves room for an answer of {config.max_new} tokens in a context of {config.context}: "
-                        "raise the context, or lower max_new")
-    pairs = [data.token_rows(tokenizer, [record for record in part if record.response], ("prompt", "response"), config.context)
+    records = [record for record in data.load_records(config.data, config.tiny) if record.prompt]
+    train, held_out = data.split(records, checkpoint.held_out_names(config.init))
+    labeller = Labeller(data.texts_of([record for record in train if record.response]))
+    rng = np.random.default_rng(config.seed)
+    sequences = [data.token_rows(tokenizer, part, ("prompt",), config.context - config.max_new) for part in (train, held_out)]
+    data.require(sequences, config.batch_size, "prompts (.jsonl with prompt)", config)
+    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} prompts leave no room for {config.max_new} tokens and are dropped")
+    pairs = [data.token_rows(tokenizer, [r for r in part if r.response], ("prompt", "response"), config.context)
              for part in (train, held_out)]
-    run.print(f"{len(train):,} prompts, {len(train) - len(prompts[0]):,} dropped as too long; "
-              f"held out by name: {len(held_out):,} prompts")
-    labeller = Labeller(data.texts_of([record for record in data.split(records, kept)[0]]))
-    return Data(tokenizer, *prompts, *pairs, labeller, kept | {record.name for record in held_out})
+    sequences[1] = pairs[1] or sequences[1]
+    chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
+    names = data.names_of(held_out) | checkpoint.held_out_names(config.init)
+    run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
+    return Data(tokenizer, sequences[0], chosen, names, pairs[0], labeller)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[list[int]]:
     """What the step reads: batch_size prompts."""
     sizes = np.ones(len(loaded.train), dtype=int)
     chosen, _ = data.indices_of_step(sizes, config.batch_size, config.seed, step)
-    return [loaded.train[i] for i in chosen]
+    return [loaded.train[i][0] for i in chosen]
 
 
 def pairs_of_update(config: Config, loaded: Data, update: int) -> list[data.Example]:
     """The human answers mixed into an optimizer step."""
     sizes = np.ones(len(loaded.pairs), dtype=int)
     chosen, _ = data.indices_of_step(sizes, config.ptx_size, config.seed + 1, update)
-    return [(loaded.pairs[i][0], [loaded.pairs[i][1]]) for i in chosen]
+    return [loaded.pairs[i] for i in chosen]
 
 
 # ---- 4. model ----------------------------------------------------------------------------------------------------
@@ -166,24 +163,28 @@ def build_optimizer(config: Config, models: Models) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def evaluate(config: Config, run: common.Run, loaded: Data, models: Models) -> dict[str, float]:
-    """On held-out prompts: gold score of sampled and of greedy answers; loss on the human answers."""
-    policy, n = common.unwrap(models.policy), config.eval_size
-    result = {}
+    """On held-out prompts: the gold score of sampled and of greedy answers, and the loss on the human ones."""
+    policy, result = common.unwrap(models.policy), {}
+    prompts = [prompt for prompt, _ in loaded.held_out]
     for name, temperature in (("eval_gold", config.temperature), ("eval_gold_greedy", 0.0)):
-        answers = generate(policy, loaded.held_out[:n], loaded.tokenizer, config.max_new, temperature,
-                           generator=torch.Generator(run.device).manual_seed(config.seed))
-        result[name] = float(np.mean(golds(loaded, loaded.held_out[:n], answers)))
-    if loaded.held_out_pairs:
-        batch = data.lay_out([(p, [r]) for p, r in loaded.held_out_pairs[:n]], policy.config.structure, config.context,
-                             loaded.tokenizer).to(run.device)
+        answers = generate_many(run, policy, prompts, loaded.tokenizer, config.max_new, temperature, config.seed)
+        result[name] = float(np.mean(golds_of(loaded, prompts, answers)))
+    nats = counted = 0
+    for start in range(0, len(loaded.held_out) if loaded.pairs else 0, 64):
+        examples = run.mine(loaded.held_out[start:start + 64])
+        if not examples:
+            continue
+        batch = data.lay_out(examples, policy.config.structure, config.context, loaded.tokenizer).to(run.device)
         with run.autocast():
             logits_NV = policy(batch, masks.of_batch(policy.config.structure, batch), batch.loss_mask)
-        nats = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
-        result["eval_loss"] = float(nats / batch.loss_mask.sum())
-    return result
+        nats += float(objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask]))
+        counted += int(batch.loss_mask.sum())
+    nats, counted = run.sum([nats, counted]).tolist()
+    return {**result, "eval_loss": nats / counted} if counted else result
 
 
-def golds(loaded: Data, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+def golds_of(loaded: Data, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """The labeller's scores, for the log."""
     decode = loaded.tokenizer.decode
     return [loaded.labeller.gold(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
 
@@ -234,20 +235,19 @@ def score(config: Config, run: common.Run, loaded: Data, models: Models, prompts
     examples = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
     batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
     batch_masks, actions_BT = masks.of_batch(structure, batch), batch.loss_mask
+    targets_N = batch.targets[actions_BT]
     with run.autocast():
         logits_NV = models.policy(batch, batch_masks, actions_BT) / config.temperature
         ref_logits_NV = models.reference(batch, batch_masks, actions_BT) / config.temperature
-        values_BT = models.value(batch, batch_masks)
-        scores_BT = models.reward(batch, batch_masks)
-    ended_BT = batch.tokens == loaded.tokenizer.end
-    scores_BT = torch.where(ended_BT, scores_BT, scores_BT - config.no_end)
+        values_N = models.value(batch, batch_masks, actions_BT)
+        scores_M = models.reward(batch, batch_masks, batch.last)
+    scores_M = scores_M - config.no_end * (batch.tokens[batch.last] != loaded.tokenizer.end)
     # subtle: the reward is read where the last token stands, and paid where it was chosen: one position before
     last_action_BT = torch.roll(batch.last, -1, dims=1)
-    in_place = partial(torch.zeros_like(values_BT).masked_scatter, actions_BT)         # (N,) -> (B, T)
-    return Rollout(batch, batch_masks, actions_BT, last_action_BT,
-                   in_place(objectives.token_logprobs(logits_NV, batch.targets[actions_BT])),
-                   in_place(objectives.token_logprobs(ref_logits_NV, batch.targets[actions_BT])),
-                   in_place(objectives.entropy(logits_NV)), values_BT, torch.roll(scores_BT, -1, dims=1))
+    place = partial(torch.zeros(actions_BT.shape, device=run.device).masked_scatter, actions_BT)       # (N,) -> (B, T)
+    return Rollout(batch, batch_masks, actions_BT, last_action_BT, place(objectives.token_logprobs(logits_NV, targets_N)),
+                   place(objectives.token_logprobs(ref_logits_NV, targets_N)), place(objectives.entropy(logits_NV)),
+                   place(values_N), torch.zeros(actions_BT.shape, device=run.device).masked_scatter(last_action_BT, scores_M))
 
 
 def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]) -> None:
@@ -290,7 +290,7 @@ def update(config: Config, run: common.Run, loaded: Data, models: Models, optimi
                                                      config.ratio_clip).sum() / counted
         (policy_loss * run.world).backward()                  # DDP averages over ranks; the loss is a sum
     with run.autocast():
-        values_N = models.value(r.batch, r.masks)[r.actions]
+        values_N = models.value(r.batch, r.masks, r.actions)
         value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions], r.returns[r.actions],
                                                    config.value_clip).sum() / counted
         (value_loss * run.world).backward()
@@ -332,7 +332,7 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
     ended = sum(answer[-1] == loaded.tokenizer.end for answer in answers)
     n_tokens = sum(map(len, answers))
     sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl, total("entropy", "actions"),
-                                 ended, sum(golds(loaded, prompts, answers))], dtype=torch.float64)).tolist()
+                                 ended, sum(golds_of(loaded, prompts, answers))], dtype=torch.float64)).tolist()
     values, returns = (torch.cat([getattr(r, name)[r.actions] for r in rollouts]) for name in ("values", "returns"))
     n, n_tokens, score, kl, entropy, ended, gold = sums
     return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens, "length": n_tokens / n,
@@ -340,13 +340,13 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
 
 
 def write_samples(config: Config, run: common.Run, loaded: Data, models: Models) -> None:
-    """A few held-out functions, described by a human and by the policy."""
-    pairs = loaded.held_out_pairs[:6]
-    prompts = [prompt for prompt, _ in pairs]
-    continued = generate(common.unwrap(models.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
-                         generator=torch.Generator(run.device).manual_seed(config.seed))
-    run.write_samples([(loaded.tokenizer.decode(prompt), loaded.tokenizer.decode(text), loaded.tokenizer.decode(new))
-                       for (prompt, text), new in zip(pairs, continued)])
+    """A few held-out prompts: what a human wrote, and what the policy makes of it."""
+    decode = loaded.tokenizer.decode
+    examples = loaded.held_out[:6]
+    answers = generate(common.unwrap(models.policy), [source for source, _ in examples], loaded.tokenizer, max_new=48,
+                       temperature=0.7, generator=torch.Generator(run.device).manual_seed(config.seed))
+    run.write_samples([(decode(source), decode(targets[0]) if targets else "", decode(answer))
+                       for (source, targets), answer in zip(examples, answers)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------------
@@ -360,12 +360,12 @@ def main(config: Config) -> dict[str, float]:
     policy, value = models.policy, models.value
     optimizer = build_optimizer(config, models)
     start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
-    run.print_example(loaded.tokenizer.decode(examples_of_step(config, loaded, 0)[0]) + "[[the policy's answer]]")
-    common.open_run(run, config, loaded.tokenizer, loaded.held_out_names)
+    run.print_example(loaded.tokenizer.decode(examples_of_step(config, loaded, start)[0]) + "[[the policy's own answer<end>]]")
+    common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     models.policy, models.value = (common.wrap(model, run, config.compile) for model in (policy, value))
 
-    for step in run.progress(range(start, config.steps), "PPO"):
+    for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config) * group["scale"]
         log.add(train_step(config, run, loaded, models, optimizer, step))
@@ -376,7 +376,7 @@ def main(config: Config) -> dict[str, float]:
 
     log.curves()
     write_samples(config, run, loaded, models)
-    run.print(f"done in {run.seconds():.0f} s: {run.folder}. Next: python evaluate.py" + " --tiny" * config.tiny)
+    run.finish("python evaluate.py", config.tiny)
     return log.last
 
 

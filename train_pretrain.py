@@ -1,19 +1,17 @@
 """Pretraining: learn what text is like, one token after another.
 
-    data              all docstrings (or --data text), in rows of `context` tokens, every document on its own
+    data              all docstrings (or --data text), in packed rows, every document on its own
     initial weights   random
     mask              the structure's: causal, prefix or encdec; never across documents
     objective         next_token, prefix_lm or span_corruption turns a text into (source, target)
     what is trained   everything, to predict each target token from what its mask lets it see
 """
 import math
-import sys
 from dataclasses import dataclass
-from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import common
@@ -21,7 +19,6 @@ import data
 import masks
 import model as model_file
 import objectives
-from common import UserError
 from generate import generate
 
 # ---- 1. config ---------------------------------------------------------------------------------------------------
@@ -29,27 +26,28 @@ from generate import generate
 
 @dataclass
 class Config:
-    data: str = ""                      # own .txt, .jsonl, .py or folder instead of the default corpus
+    data: str = ""                      # own data instead of the default corpus: .txt, .jsonl, .py or a folder
     out: str = "runs/pretrain"          # run folder
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds
     structure: str = "causal"           # causal, prefix or encdec
     objective: str = "next_token"       # next_token, prefix_lm or span_corruption
     vocab: int = 2048                   # tokens of the tokenizer trained here, special ones included
-    layers: int = 4                     # layers (encdec: of each stack)
+    layers: int = 3                     # layers (encdec: of each stack)
     heads: int = 4                      # attention heads
     kv_heads: int = 2                   # key/value heads that they share
     width: int = 128                    # width of the residual stream
     steps: int = 2200                   # optimizer steps
-    batch_size: int = 4                 # rows of `context` tokens a step, all ranks together
-    micro_batch_size: int = 0           # documents in one forward pass, 0: the whole step
-    context: int = 256                  # tokens in a row; longer documents are cut
+    batch_size: int = 4                 # sequences a step, all ranks together; here rows of `context` tokens
+    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
+    context: int = 256                  # tokens of a sequence at most; longer texts are cut
     lr: float = 3e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
+    source_weight: float = 0.0          # of the loss on source tokens (causal decoder), beside 1 on target tokens
     weight_decay: float = 0.1           # on matrices only
-    clip: float = 1.0                   # largest norm of the gradient
+    clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 500               # steps between evaluations, 0: only at the end
-    eval_size: int = 500                # held-out documents in an evaluation
+    eval_size: int = 500                # held-out sequences in an evaluation
     save_every: int = 500               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     seed: int = 1                       # decides weights, order and draws
@@ -65,8 +63,6 @@ class Config:
 # ---- 2. set-up ---------------------------------------------------------------------------------------------------
 
 def set_up(config: Config) -> common.Run:
-    if config.objective not in ("next_token", "prefix_lm", "span_corruption"):
-        raise UserError(f"objective is {config.objective!r}; it must be next_token, prefix_lm or span_corruption")
     return common.set_up(config)
 
 
@@ -75,27 +71,26 @@ def set_up(config: Config) -> common.Run:
 @dataclass
 class Data:
     tokenizer: data.Tokenizer
-    objective: partial                  # tokens of a text -> (source, target)
-    train: list                         # pieces of at most context - 1 tokens
-    held_out: list
-    held_out_names: set
+    train: list                         # what the steps draw from
+    held_out: list                      # examples to evaluate on; no name occurs in both
+    names: set                          # the names held out, here and in every later stage
+    objective: Callable                 # a text's tokens -> (source, target)
 
 
 def load_data(config: Config, run: common.Run) -> Data:
-    records = data.load_records(config.data, config.tiny)
-    train, held_out = data.split([record for record in records if record.text or record.response])
-    if not train or not held_out:
-        raise UserError(f"--data {config.data}: pretraining wants texts (.txt, or .jsonl with text), and at least two")
+    records = [record for record in data.load_records(config.data, config.tiny) if record.text or record.response]
+    train, held_out = data.split(records)
     tokenizer = data.tokenizer_for(train, config.vocab)
-    objective = getattr(objectives, config.objective)
-    if config.objective == "span_corruption":
-        objective = partial(objective, sentinels=tokenizer.sentinels)
-    pieces = [data.pieces(tokenizer, part, config.context) for part in (train, held_out)]
-    if sum(map(len, pieces[0])) < config.batch_size * config.context:
-        raise UserError(f"the text has {sum(map(len, pieces[0])):,} tokens; one step wants batch_size x context = "
-                        f"{config.batch_size * config.context:,}: lower one of them, or bring more text")
-    run.print(f"{len(train):,} documents, {sum(map(len, pieces[0])):,} tokens; held out by name: {len(held_out):,} documents")
-    return Data(tokenizer, objective, *pieces, {record.name for record in held_out})
+    objective = data.objective_of(config.objective, tokenizer)
+    sequences = [data.pieces(tokenizer, part, config.context) for part in (train, held_out)]
+    data.require(sequences, 1, "texts (.txt, or .jsonl with text)", config)
+    data.require_tokens(sequences[0], config.batch_size * config.context, config)
+    rng = np.random.default_rng(config.seed)
+    chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
+    chosen = [(source, [target]) for source, target in (objective(piece, rng) for piece in chosen)]
+    names = data.names_of(held_out)
+    run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
+    return Data(tokenizer, sequences[0], chosen, names, objective)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
@@ -108,15 +103,11 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 
 # ---- 4. model ----------------------------------------------------------------------------------------------------
 
-def build_model(config: Config, run: common.Run, loaded: Data) -> model_file.LanguageModel:
-    try:
-        sizes = model_file.ModelConfig(config.structure, loaded.tokenizer.vocab, config.layers, config.heads,
-                                       config.kv_heads, config.width)
-    except ValueError as error:
-        raise UserError(error) from None
-    model = model_file.build(sizes).to(run.device)
-    run.print(f"{config.structure}: {model_file.parameter_count(model):,} parameters, from random weights")
-    return model
+def build_model(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> model_file.LanguageModel:
+    model = model_file.build(model_file.ModelConfig(config.structure, tokenizer.vocab, config.layers, config.heads,
+                                                    config.kv_heads, config.width))
+    run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
+    return model.to(run.device)
 
 
 # ---- 5. optimizer ------------------------------------------------------------------------------------------------
@@ -133,23 +124,20 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 
 @torch.no_grad()
 def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
-    """Nats per target token of held-out text, each document on its own, and bits per byte of what was predicted."""
+    """Nats per target token of held-out examples, each on its own, and bits per byte of what was predicted."""
     nats = counted = n_bytes = 0
-    bytes_V = loaded.tokenizer.bytes_per_token()
-    rng = np.random.default_rng(config.seed)
-    chosen = [loaded.held_out[i] for i in rng.permutation(len(loaded.held_out))[:config.eval_size]]
-    pairs = [loaded.objective(piece, rng) for piece in chosen]
-    for start in range(0, len(pairs), 64):
-        examples = run.mine([(source, [target]) for source, target in pairs[start:start + 64]])
+    bytes_V, structure = loaded.tokenizer.bytes_per_token().to(run.device), model.config.structure
+    for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
+        examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
-        batch = data.lay_out(examples, model.config.structure, config.context, loaded.tokenizer)
-        n_bytes += int(bytes_V[batch.targets[batch.loss_mask]].sum())
-        batch = batch.to(run.device)
+        batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
         with run.autocast():
-            logits_NV = model(batch, masks.of_batch(model.config.structure, batch), batch.loss_mask)
-        nats += float(objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask]))
-        counted += int(batch.loss_mask.sum())
+            logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
+        targets_N = batch.targets[batch.loss_mask]
+        nats += float(objectives.language_model_loss(logits_NV, targets_N))
+        counted += len(targets_N)
+        n_bytes += int(bytes_V[targets_N].sum())
     nats, counted, n_bytes = run.sum([nats, counted, n_bytes]).tolist()
     return {"loss": nats / max(1, counted), "bits_per_byte": nats / math.log(2) / max(1, n_bytes)}
 
@@ -157,37 +145,40 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
 # ---- 7. train ----------------------------------------------------------------------------------------------------
 
 def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict[str, float]:
-    """One optimizer step: every micro-batch is laid out, masked, read, and its loss divided by the step's tokens."""
+    """One optimizer step: every micro-batch is laid out, masked, read, and its loss divided by the step's count."""
     structure = common.unwrap(model).config.structure
     micro_batches = run.micro_batches(examples_of_step(config, loaded, step), config.micro_batch_size)
     batches = [data.lay_out(examples, structure, config.context, loaded.tokenizer) for examples in micro_batches]
-    counted = run.sum(sum(batch.loss_mask.sum() for batch in batches))
+    weights = [data.loss_weights(batch, structure, config.source_weight) for batch in batches]
+    counted = run.sum(sum(weights_BT.sum() for weights_BT in weights))
     total = 0.0
     for i, batch in enumerate(batches):
-        batch = batch.to(run.device)
+        batch, weights_BT = batch.to(run.device), weights[i].to(run.device)
+        where_BT = weights_BT > 0
         batch_masks = masks.of_batch(structure, batch)
         with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            logits_NV = model(batch, batch_masks, batch.loss_mask)
-            loss = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
+            logits_NV = model(batch, batch_masks, where_BT)
+            loss = objectives.language_model_loss(logits_NV, batch.targets[where_BT], weights_BT[where_BT])
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     common.check_finite(step, loss=total, gradient=norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {"train_loss": float(run.sum(total) / counted), "gradient": float(norm), "tokens": float(counted)}
+    return {"train_loss": float(run.sum(total) / counted), "gradient": float(norm), "counted": float(counted),
+            "padding": common.padding_share(batches)}
 
 
 # ---- 8. log ------------------------------------------------------------------------------------------------------
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """A few held-out texts, begun by a human and continued by the model."""
-    texts = [piece for piece in loaded.held_out if len(piece) >= 24][:6]
-    prompts = [text[:12] for text in texts]
-    continued = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
-                         generator=torch.Generator(run.device).manual_seed(config.seed))
-    run.write_samples([(loaded.tokenizer.decode(prompt), loaded.tokenizer.decode(text[12:]), loaded.tokenizer.decode(new))
-                       for prompt, text, new in zip(prompts, texts, continued)])
+    """A few held-out examples: the source, what a human wrote, and what the model makes of it."""
+    decode = loaded.tokenizer.decode
+    examples = loaded.held_out[:6]
+    answers = generate(model, [source for source, _ in examples], loaded.tokenizer, max_new=48, temperature=0.7,
+                       generator=torch.Generator(run.device).manual_seed(config.seed))
+    run.write_samples([(decode(source), decode(target), decode(answer))
+                       for (source, (target,)), answer in zip(examples, answers)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------------
@@ -197,15 +188,15 @@ def main(config: Config) -> dict[str, float]:
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
     loaded = load_data(config, run)
-    model = build_model(config, run, loaded)
+    model = build_model(config, run, loaded.tokenizer)
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
-    run.print_example(data.show(examples_of_step(config, loaded, 0)[0], model.config.structure, loaded.tokenizer))
-    common.open_run(run, config, loaded.tokenizer, loaded.held_out_names)
+    run.print_example(data.show(examples_of_step(config, loaded, start)[0], model.config.structure, loaded.tokenizer))
+    common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     wrapped = common.wrap(model, run, config.compile)
 
-    for step in run.progress(range(start, config.steps), "pretraining"):
+    for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config)
         log.add(train_step(config, run, loaded, wrapped, optimizer, step))
@@ -216,7 +207,7 @@ def main(config: Config) -> dict[str, float]:
 
     log.curves()
     write_samples(config, run, loaded, model)
-    run.print(f"done in {run.seconds():.0f} s: {run.folder}. Next: python train_sft.py" + " --tiny" * config.tiny)
+    run.finish("python train_sft.py", config.tiny)
     return log.last
 
 

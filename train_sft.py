@@ -1,18 +1,16 @@
-"""Supervised fine-tuning: the same algorithm as pretraining, on prompts and the answers people wrote.
+"""Supervised fine-tuning: the same algorithm, on prompts and the answers that people wrote.
 
-    data              pairs prompt -> response: a function's signature and its one-line summary (or --data pairs)
+    data              pairs: a function's signature -> its one-line summary (or --data pairs)
     initial weights   the pretrained model
-    mask              the structure's, as before
-    objective         next token, but only the response and its end token are counted (Ouyang et al. 2022, section 3.5)
-    what is trained   everything, with a smaller learning rate
+    mask              the structure's: causal, prefix or encdec; never across documents
+    objective         next token, counted on the response and its end token (Ouyang et al. 2022, section 3.5)
+    what is trained   everything, to predict each target token from what its mask lets it see
 """
 import math
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import common
@@ -20,7 +18,6 @@ import data
 import masks
 import model as model_file
 import objectives
-from common import UserError
 from generate import generate
 
 # ---- 1. config ---------------------------------------------------------------------------------------------------
@@ -28,31 +25,32 @@ from generate import generate
 
 @dataclass
 class Config:
-    data: str = ""                      # own .jsonl with prompt + response, .py or folder instead of the default corpus
+    data: str = ""                      # own data instead of the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds
-    steps: int = 800                    # optimizer steps
-    batch_size: int = 32                # pairs a step, all ranks together
-    micro_batch_size: int = 0           # pairs in one forward pass, 0: the whole step
-    context: int = 128                  # tokens of a pair at most; longer ones are dropped
-    lr: float = 1e-3                    # highest learning rate
-    warmup: int = 20                    # steps until it is reached; then a cosine down to a tenth
-    weight_decay: float = 0.0           # on matrices only
-    clip: float = 1.0                   # largest norm of the gradient
+    steps: int = 2000                   # optimizer steps
+    batch_size: int = 32                # sequences a step, all ranks together; here pairs
+    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
+    context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
+    lr: float = 2e-3                    # highest learning rate
+    warmup: int = 50                    # steps until it is reached; then a cosine down to a tenth
+    source_weight: float = 0.4          # of the loss on source tokens (causal decoder), beside 1 on target tokens
+    weight_decay: float = 0.1           # on matrices only
+    clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 500               # steps between evaluations, 0: only at the end
-    eval_size: int = 500                # held-out pairs in an evaluation
+    eval_size: int = 500                # held-out sequences in an evaluation
     save_every: int = 500               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
-    seed: int = 1                       # decides order and draws
+    seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto (measured), fp32, bf16
     compile: bool = False               # torch.compile the model
     tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
 
-    TINY = dict(init="runs/tiny/pretrain", out="runs/tiny/sft", steps=40, warmup=5, eval_every=20, eval_size=50,
-                save_every=20)
+    TINY = dict(init="runs/tiny/pretrain", out="runs/tiny/sft", steps=60, context=128, warmup=10,
+                eval_every=30, eval_size=50, save_every=30)
 
 
 # ---- 2. set-up ---------------------------------------------------------------------------------------------------
@@ -66,41 +64,37 @@ def set_up(config: Config) -> common.Run:
 @dataclass
 class Data:
     tokenizer: data.Tokenizer
-    train: list                         # pairs of tokens (prompt, response and its end token)
-    held_out: list
-    held_out_names: set
+    train: list                         # what the steps draw from
+    held_out: list                      # examples to evaluate on; no name occurs in both
+    names: set                          # the names held out, here and in every later stage
 
 
 def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
-    records = data.load_records(config.data, config.tiny)
-    kept = checkpoint.held_out_names(config.init)
-    train, held_out = data.split([record for record in records if record.response], kept)
-    if not train or not held_out:
-        raise UserError(f"--data {config.data}: fine-tuning wants pairs (.jsonl with prompt + response), and at least two")
-    pairs = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context) for part in (train, held_out)]
-    if len(pairs[0]) < config.batch_size or not pairs[1]:
-        raise UserError(f"of {len(records):,} pairs {len(pairs[0]):,} fit in a context of {config.context} tokens; "
-                        f"one step wants batch_size = {config.batch_size}: lower it, or raise the context")
-    run.print(f"{len(train):,} pairs, {len(train) - len(pairs[0]):,} dropped as longer than {config.context} tokens; "
-              f"held out by name: {len(held_out):,} pairs")
-    return Data(tokenizer, *pairs, kept | {record.name for record in held_out})
+    records = [record for record in data.load_records(config.data, config.tiny) if record.response]
+    train, held_out = data.split(records, checkpoint.held_out_names(config.init))
+    sequences = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context) for part in (train, held_out)]
+    data.require(sequences, config.batch_size, "pairs (.jsonl with prompt + response)", config)
+    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} pairs are longer than {config.context} tokens and dropped")
+    rng = np.random.default_rng(config.seed)
+    chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
+    names = data.names_of(held_out) | checkpoint.held_out_names(config.init)
+    run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
+    return Data(tokenizer, sequences[0], chosen, names)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
     """What the step reads: batch_size pairs."""
     sizes = np.ones(len(loaded.train), dtype=int)
     chosen, _ = data.indices_of_step(sizes, config.batch_size, config.seed, step)
-    pairs = [loaded.train[i] for i in chosen]
-    return [(source, [target]) for source, target in pairs]
+    return [loaded.train[i] for i in chosen]
 
 
 # ---- 4. model ----------------------------------------------------------------------------------------------------
 
 def build_model(config: Config, run: common.Run) -> tuple[model_file.LanguageModel, data.Tokenizer]:
     model, tokenizer = checkpoint.load_model(config.init, first="python train_pretrain.py" + " --tiny" * config.tiny)
-    model = model.to(run.device)
-    run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters, from {config.init}")
-    return model, tokenizer
+    run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
+    return model.to(run.device), tokenizer
 
 
 # ---- 5. optimizer ------------------------------------------------------------------------------------------------
@@ -117,22 +111,20 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 
 @torch.no_grad()
 def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
-    """Nats per target token of held-out answers, and bits per byte of what was predicted."""
+    """Nats per target token of held-out examples, each on its own, and bits per byte of what was predicted."""
     nats = counted = n_bytes = 0
-    bytes_V = loaded.tokenizer.bytes_per_token()
-    rng = np.random.default_rng(config.seed)
-    chosen = [loaded.held_out[i] for i in rng.permutation(len(loaded.held_out))[:config.eval_size]]
-    for start in range(0, len(chosen), 64):
-        examples = run.mine([(source, [target]) for source, target in chosen[start:start + 64]])
+    bytes_V, structure = loaded.tokenizer.bytes_per_token().to(run.device), model.config.structure
+    for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
+        examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
-        batch = data.lay_out(examples, model.config.structure, config.context, loaded.tokenizer)
-        n_bytes += int(bytes_V[batch.targets[batch.loss_mask]].sum())
-        batch = batch.to(run.device)
+        batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
         with run.autocast():
-            logits_NV = model(batch, masks.of_batch(model.config.structure, batch), batch.loss_mask)
-        nats += float(objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask]))
-        counted += int(batch.loss_mask.sum())
+            logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
+        targets_N = batch.targets[batch.loss_mask]
+        nats += float(objectives.language_model_loss(logits_NV, targets_N))
+        counted += len(targets_N)
+        n_bytes += int(bytes_V[targets_N].sum())
     nats, counted, n_bytes = run.sum([nats, counted, n_bytes]).tolist()
     return {"loss": nats / max(1, counted), "bits_per_byte": nats / math.log(2) / max(1, n_bytes)}
 
@@ -140,37 +132,40 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
 # ---- 7. train ----------------------------------------------------------------------------------------------------
 
 def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict[str, float]:
-    """One optimizer step: every micro-batch is laid out, masked, read, and its loss divided by the step's tokens."""
+    """One optimizer step: every micro-batch is laid out, masked, read, and its loss divided by the step's count."""
     structure = common.unwrap(model).config.structure
     micro_batches = run.micro_batches(examples_of_step(config, loaded, step), config.micro_batch_size)
     batches = [data.lay_out(examples, structure, config.context, loaded.tokenizer) for examples in micro_batches]
-    counted = run.sum(sum(batch.loss_mask.sum() for batch in batches))
+    weights = [data.loss_weights(batch, structure, config.source_weight) for batch in batches]
+    counted = run.sum(sum(weights_BT.sum() for weights_BT in weights))
     total = 0.0
     for i, batch in enumerate(batches):
-        batch = batch.to(run.device)
+        batch, weights_BT = batch.to(run.device), weights[i].to(run.device)
+        where_BT = weights_BT > 0
         batch_masks = masks.of_batch(structure, batch)
         with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            logits_NV = model(batch, batch_masks, batch.loss_mask)
-            loss = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
+            logits_NV = model(batch, batch_masks, where_BT)
+            loss = objectives.language_model_loss(logits_NV, batch.targets[where_BT], weights_BT[where_BT])
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     common.check_finite(step, loss=total, gradient=norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {"train_loss": float(run.sum(total) / counted), "gradient": float(norm), "tokens": float(counted)}
+    return {"train_loss": float(run.sum(total) / counted), "gradient": float(norm), "counted": float(counted),
+            "padding": common.padding_share(batches)}
 
 
 # ---- 8. log ------------------------------------------------------------------------------------------------------
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """A few held-out functions, described by a human and by the model."""
-    pairs = loaded.held_out[:6]
-    prompts = [prompt for prompt, _ in pairs]
-    continued = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
-                         generator=torch.Generator(run.device).manual_seed(config.seed))
-    run.write_samples([(loaded.tokenizer.decode(prompt), loaded.tokenizer.decode(text), loaded.tokenizer.decode(new))
-                       for (prompt, text), new in zip(pairs, continued)])
+    """A few held-out examples: the source, what a human wrote, and what the model makes of it."""
+    decode = loaded.tokenizer.decode
+    examples = loaded.held_out[:6]
+    answers = generate(model, [source for source, _ in examples], loaded.tokenizer, max_new=48, temperature=0.7,
+                       generator=torch.Generator(run.device).manual_seed(config.seed))
+    run.write_samples([(decode(source), decode(target), decode(answer))
+                       for (source, (target,)), answer in zip(examples, answers)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------------
@@ -183,12 +178,12 @@ def main(config: Config) -> dict[str, float]:
     loaded = load_data(config, run, tokenizer)
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
-    run.print_example(data.show(examples_of_step(config, loaded, 0)[0], model.config.structure, loaded.tokenizer))
-    common.open_run(run, config, loaded.tokenizer, loaded.held_out_names)
+    run.print_example(data.show(examples_of_step(config, loaded, start)[0], model.config.structure, loaded.tokenizer))
+    common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     wrapped = common.wrap(model, run, config.compile)
 
-    for step in run.progress(range(start, config.steps), "fine-tuning"):
+    for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config)
         log.add(train_step(config, run, loaded, wrapped, optimizer, step))
@@ -199,7 +194,7 @@ def main(config: Config) -> dict[str, float]:
 
     log.curves()
     write_samples(config, run, loaded, model)
-    run.print(f"done in {run.seconds():.0f} s: {run.folder}. Next: python train_rm.py" + " --tiny" * config.tiny)
+    run.finish("python train_rm.py", config.tiny)
     return log.last
 
 

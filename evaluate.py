@@ -1,0 +1,295 @@
+"""The report: what each stage changed, on functions whose names no stage has seen.
+
+    python evaluate.py            reads runs/pretrain, sft, rm, ppo; writes runs/report.md, report.json, report.png
+
+Rows: the base model, SFT, SFT at a lower temperature (PPO's honest rival), the best of n SFT answers by the reward
+model, PPO, and the human lines. `gold` is the labeller's score, which nothing was trained on; `about` its share of
+the identifier's words; `kl` is log pi(answer) - log pi_SFT(answer), averaged over the model's own answers.
+"""
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import common
+import data
+import labeller as labeller_file
+import masks
+import objectives
+from common import UserError
+from data import write_atomically
+from generate import generate
+from labeller import Labeller
+
+
+@dataclass
+class Config:
+    runs: str = "runs"                  # the folder that holds pretrain, sft, rm and ppo
+    data: str = ""                      # the data that they were trained on, if it was not the default corpus
+    prompts: int = 500                  # held-out functions
+    best_of: int = 8                    # samples from which the reward model picks one
+    cool: float = 0.5                   # the lower temperature
+    max_new: int = 40                   # tokens of an answer at most
+    seed: int = 1                       # decides prompts and draws
+    device: str = "auto"                # auto, cpu, cuda, mps
+    tiny: bool = False                  # evaluate the tiny runs
+
+    TINY = dict(runs="runs/tiny", prompts=30, best_of=4, max_new=16)
+
+
+@dataclass
+class Study:
+    """What all rows are measured with."""
+    tokenizer: data.Tokenizer
+    prompts: list                       # tokens
+    human: list                         # the human answers, with their end token
+    texts: list                         # the prompts as text
+    labeller: Labeller
+    reference: torch.nn.Module          # SFT
+    reward: torch.nn.Module
+    device: torch.device
+    config: Config
+
+
+def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
+    """The four models and the held-out prompts."""
+    folder, device = Path(config.runs), common.choose_device(config.device)
+    models = {}
+    for stage in ("pretrain", "sft", "rm", "ppo"):
+        models[stage], tokenizer = checkpoint.load_model(str(folder / stage),
+                                                         first=f"python train_{stage}.py" + " --tiny" * config.tiny)
+        models[stage].to(device).eval()
+    kept = checkpoint.held_out_names(str(folder / "ppo"))
+    records = data.load_records(config.data, config.tiny)
+    train, held_out = data.split(records, kept)
+    rows = data.token_rows(tokenizer, [r for r in held_out if r.response], ("prompt", "response"), 128)
+    if not rows:
+        raise UserError(f"--data {config.data}: the report wants held-out prompts with human answers (prompt + response)")
+    order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
+    prompts, human = zip(*((rows[i][0], rows[i][1][0]) for i in order))
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    return Study(tokenizer, list(prompts), list(human), texts, Labeller(data.texts_of(train)), models["sft"], models["rm"],
+                 device, config), models
+
+
+def answers_of(study: Study, model, temperature: float, prompts: list | None = None) -> list[list[int]]:
+    return generate(model, prompts or study.prompts, study.tokenizer, study.config.max_new, temperature,
+                    generator=torch.Generator(study.device).manual_seed(study.config.seed))
+
+
+def first_line(study: Study, answers: list[list[int]]) -> list[list[int]]:
+    """What a base model writes is documentation without an end: its first line is the answer."""
+    lines = [study.tokenizer.decode(answer).strip("\n").split("\n")[0] for answer in answers]
+    return [tokens + [study.tokenizer.end] for tokens in study.tokenizer.encode_all(lines)]
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def read(study: Study, model, answers: list[list[int]]) -> list[tuple[data.Batch, torch.Tensor]]:
+    """The model's outputs on all (prompt, answer): [(batch, logits (N, V) of the answer tokens, or one scalar an answer)]."""
+    outputs = []
+    for i in range(0, len(answers), 64):
+        examples = [(prompt, [answer]) for prompt, answer in zip(study.prompts[i:i + 64], answers[i:i + 64])]
+        batch = data.lay_out(examples, model.config.structure, 128, study.tokenizer).to(study.device)
+        where = batch.last if model is study.reward else batch.loss_mask
+        outputs.append((batch, model(batch, masks.of_batch(model.config.structure, batch), where)))
+    return outputs
+
+
+def logprobs_of(study: Study, model, answers: list[list[int]]) -> tuple[np.ndarray, float]:
+    """log p of every answer, and the mean entropy per token, in nats."""
+    sums, entropies = [], []
+    for batch, logits_NV in read(study, model, answers):
+        logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
+        document_N = batch.document[batch.loss_mask]
+        sums.append(torch.zeros(int(document_N.max()) + 1, device=study.device).index_add(0, document_N, logprobs_N))
+        entropies.append(objectives.entropy(logits_NV))
+    return torch.cat(sums).cpu().numpy(), float(torch.cat(entropies).mean())
+
+
+def rewards_of(study: Study, answers: list[list[int]]) -> np.ndarray:
+    """The reward model's score of every answer."""
+    scores = []
+    for batch, scores_N in read(study, study.reward, answers):
+        scores.append(data.by_prompt(scores_N, batch)[:, 0])
+    return torch.cat(scores).cpu().numpy()
+
+
+def best_of_n(study: Study) -> list[list[int]]:
+    """Of n SFT answers to each prompt, the one that the reward model likes best."""
+    n = study.config.best_of
+    samples = answers_of(study, study.reference, 1.0, [prompt for prompt in study.prompts for _ in range(n)])
+    rewards = np.stack([rewards_of(study, samples[k::n]) for k in range(n)])
+    return [samples[i * n + int(rewards[:, i].argmax())] for i in range(len(study.prompts))]
+
+
+def golds_of(study: Study, answers: list[list[int]]) -> np.ndarray:
+    lines = [study.tokenizer.decode(answer) for answer in answers]
+    return np.array([study.labeller.gold(prompt, line) for prompt, line in zip(study.texts, lines)])
+
+
+def interval(values: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean (Efron 1979): resample the prompts."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def distinct(lines: list[str], n: int = 2) -> float:
+    """Distinct n-grams of words / all n-grams, over all answers together (Li et al. 2016)."""
+    grams = Counter(gram for line in lines for gram in zip(*(line.split()[i:] for i in range(n))))
+    return len(grams) / max(1, sum(grams.values()))
+
+
+def overlap_f1(line: str, human: str) -> float:
+    """Token F1 with the human line: the outside view that nothing was trained on."""
+    ours, theirs = Counter(labeller_file.words_of(line)), Counter(labeller_file.words_of(human))
+    common_words = sum((ours & theirs).values())
+    return 2 * common_words / max(1, sum(ours.values()) + sum(theirs.values()))
+
+
+def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
+    """Share of prompts on which the labeller prefers these answers; a tie is half a win."""
+    wins = [1.0 if study.labeller.prefers(a, b) else 0.0 if study.labeller.prefers(b, a) else 0.5
+            for a, b in zip(golds, rivals)]
+    return float(np.mean(wins))
+
+
+def row_of(study: Study, answers: list[list[int]], greedy: list[list[int]] | None, model, rivals: dict[str, np.ndarray]) -> dict:
+    """One row of the report. model: the one that wrote the answers, None for best-of-n and for the human lines."""
+    golds, lines = golds_of(study, answers), [study.tokenizer.decode(answer) for answer in answers]
+    human = [study.tokenizer.decode(answer) for answer in study.human]
+    row = {"gold": golds.mean()}
+    row["gold_low"], row["gold_high"] = interval(golds, study.config.seed)
+    greedy_golds = golds_of(study, greedy if greedy else answers)
+    row["gold_greedy"] = greedy_golds.mean()
+    row["gold_greedy_low"], row["gold_greedy_high"] = interval(greedy_golds, study.config.seed)
+    shown = greedy if greedy else answers
+    row["about_greedy"] = np.mean([labeller_file.about(prompt, study.tokenizer.decode(answer))
+                                   for prompt, answer in zip(study.texts, shown)])
+    row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line) for answer, line in zip(shown, human)])
+    row["reward"] = rewards_of(study, answers).mean()
+    row["win_human"] = win_rate(study, golds, rivals["human"])
+    row["win_sft"] = win_rate(study, golds, rivals["sft"])
+    row["distinct_2"] = distinct(lines)
+    row["length"] = np.mean([len(answer) for answer in answers])
+    row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
+    if model is not None:
+        logprobs, row["entropy"] = logprobs_of(study, model, answers)
+        row["kl"] = (logprobs - logprobs_of(study, study.reference, answers)[0]).mean()
+        human_logprobs, _ = logprobs_of(study, model, study.human)
+        row["loss"] = -human_logprobs.sum() / sum(map(len, study.human))
+        n_bytes = sum(len(line.encode()) for line in human)
+        row["answer_bits_per_byte"] = -human_logprobs.sum() / math.log(2) / n_bytes
+    return {name: round(float(value), 4) for name, value in row.items()}
+
+
+# ---- the report --------------------------------------------------------------------------------------------------
+
+def last_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def build_report(config: Config) -> tuple[dict, str]:
+    """(report.json's content, the examples as Markdown)."""
+    study, models = load_study(config)
+    base, sft, ppo = models["pretrain"], models["sft"], models["ppo"]
+    written = {"base": first_line(study, answers_of(study, base, 1.0)), "sft": answers_of(study, sft, 1.0),
+               "sft_cool": answers_of(study, sft, config.cool), "best_of_n": best_of_n(study),
+               "ppo": answers_of(study, ppo, 1.0), "human": study.human}
+    greedy = {"base": first_line(study, answers_of(study, base, 0.0)), "sft": answers_of(study, sft, 0.0),
+              "ppo": answers_of(study, ppo, 0.0)}
+    rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
+    authors = {"base": base, "sft": sft, "sft_cool": sft, "ppo": ppo}
+    report = {name: row_of(study, answers, greedy.get(name), authors.get(name), rivals) for name, answers in written.items()}
+    folder = Path(config.runs)
+    report["base"]["bits_per_byte"] = round(last_metrics(folder / "pretrain")["bits_per_byte"], 4)
+    report["reward_model"] = {name: round(value, 4) for name, value in last_metrics(folder / "rm").items() if "accuracy" in name}
+    report["seconds"] = {stage: last_metrics(folder / stage)["seconds"] for stage in models}
+    report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    report["processor"] = common.processor_name(study.device)
+    report["prompts"] = len(study.prompts)
+    return report, examples(study, {"human": study.human, **greedy, "best_of_n": written["best_of_n"]})
+
+
+def examples(study: Study, answers: dict[str, list]) -> str:
+    """Ten prompts with everybody's answer, greedy where it is a model's."""
+    blocks = []
+    for i in range(min(10, len(study.prompts))):
+        lines = [f"{name:<10} {study.labeller.gold(study.texts[i], study.tokenizer.decode(of[i])):.2f}  "
+                 f"{study.tokenizer.decode(of[i])}" for name, of in answers.items()]
+        blocks.append("```\n" + study.texts[i].rstrip("\n") + "\n\n" + "\n".join(lines) + "\n```")
+    return "\n\n".join(blocks)
+
+
+COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "f1_greedy", "win_human", "win_sft", "reward", "kl",
+           "entropy", "loss", "distinct_2", "length", "ended")
+ROWS = ("base", "sft", "sft_cool", "best_of_n", "ppo", "human")
+
+
+def as_table(report: dict) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(("", *COLUMNS)) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    for name in ROWS:
+        cells = [f"{report[name][column]:.3f}" if column in report[name] else "" for column in COLUMNS]
+        lines.append("| " + " | ".join((name, *cells)) + " |")
+    return "\n".join(lines)
+
+
+def draw(report: dict, path: Path) -> None:
+    """Gold score with its interval, and what was paid for it: KL, entropy, loss."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    for k, (name, label) in enumerate((("gold", "sampled at temperature 1"), ("gold_greedy", "greedy"))):
+        rows = [row for row in ROWS if name == "gold" or row in ("base", "sft", "ppo")]
+        x = [ROWS.index(row) + 0.18 * (2 * k - 1) for row in rows]
+        y = np.array([report[row][name] for row in rows])
+        low, high = (np.array([report[row][f"{name}_{side}"] for row in rows]) for side in ("low", "high"))
+        left.bar(x, y, 0.34, label=label, color=("#4477aa", "#ccbb44")[k])
+        left.errorbar(x, y, yerr=[y - low, high - y], fmt="none", color="black", capsize=3)
+    left.axhline(report["human"]["gold"], color="grey", linestyle=":", linewidth=1)
+    left.set(xticks=range(len(ROWS)), title="gold score (95 % interval over prompts)", ylim=(0, 1))
+    left.set_xticklabels([row.replace("_", " ") for row in ROWS])
+    left.legend(fontsize=8, loc="upper left")
+    measures = ("kl", "entropy", "loss")
+    for k, name in enumerate(("sft", "ppo")):
+        right.bar(np.arange(3) + 0.18 * (2 * k - 1), [report[name][m] for m in measures], 0.34, label=name,
+                  color=("#66ccee", "#aa3377")[k])
+    right.set(xticks=range(3), title="what it costs, in nats")
+    right.set_xticklabels(("KL to SFT\nper answer", "entropy\nper token", "loss on human\nanswers per token"))
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(config: Config) -> dict:
+    common.apply_tiny(config)
+    report, shown = build_report(config)
+    folder = Path(config.runs)
+    table = as_table(report)
+    accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["reward_model"].items())
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in report["seconds"].items())
+    text = (f"# What each stage changed\n\n{report['prompts']} held-out functions; {report['processor']}, "
+            f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\nBase model: {report['base']['bits_per_byte']:.3f} "
+            f"bits per byte of held-out text. Reward model: {accuracy}.\n\n![report](report.png)\n\n"
+            f"## Ten of them, with the labeller's score\n\n{shown}\n")
+    draw(report, folder / "report.png")
+    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(folder / "report.md", text.encode())
+    print(text)
+    print(f"written: {folder}/report.md, report.json, report.png. "
+          f'Next: python generate.py --run {folder}/ppo --prompt "def area(width, height):"')
+    return report
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config, __doc__)

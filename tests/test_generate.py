@@ -1,0 +1,160 @@
+"""Generation: the cache against the full forward pass, and the draws against plain definitions."""
+import copy
+import math
+
+import pytest
+import torch
+
+import masks
+from conftest import STRUCTURES, random_tokens
+from data import lay_out
+from generate import Decoding, generate, next_tokens
+from shapes import check_shapes
+
+PROMPT_LENGTHS = (5, 0, 1, 9, 3)
+
+
+def full_logits(network, prompt, answer, tokenizer) -> torch.Tensor:
+    """Logits (1 + n, V) of the tokens after the prompt: every position computed anew, no cache, no batch."""
+    structure = network.config.structure
+    batch = lay_out([(prompt, [answer])], structure, 1, tokenizer)
+    first = 0 if structure == "encdec" else len(prompt)        # here stands <bos>, or the prompt's last token
+    where = torch.arange(batch.tokens.shape[1])[None] >= first
+    return network(batch, masks.of_batch(structure, batch), where)
+
+
+def forbidden(tokenizer) -> list[int]:
+    return [tokenizer.pad, tokenizer.bos, *tokenizer.sentinels]
+
+
+def uncached_greedy(network, prompt, tokenizer, max_new: int) -> list[int]:
+    """The definition: the most likely token that may be drawn, appended, and all computed once more."""
+    answer = []
+    while len(answer) < max_new and tokenizer.end not in answer:
+        logits = full_logits(network, prompt, answer, tokenizer)[-1]
+        logits[forbidden(tokenizer)] = -math.inf
+        answer.append(int(logits.argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_greedy_with_cache_equals_greedy_without(structure, kv_heads, random_model, tokenizer):
+    """Token by token, for prompts of unequal length in one batch, one of them empty."""
+    network = random_model(structure, layers=2, kv_heads=kv_heads)
+    prompts = [random_tokens(n) for n in PROMPT_LENGTHS]
+    answers = generate(network, prompts, tokenizer, max_new=10, temperature=0)
+    assert answers == [uncached_greedy(network, prompt, tokenizer, 10) for prompt in prompts]
+    assert len({token for answer in answers for token in answer}) > 5        # not one token again and again
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_cached_logits_equal_full_logits(structure, random_model, tokenizer):
+    """Reading given tokens one by one yields the logits of the full forward pass at every step."""
+    network, n = random_model(structure, layers=2), 6
+    prompts, answers = [random_tokens(n) for n in PROMPT_LENGTHS], [random_tokens(n) for _ in PROMPT_LENGTHS]
+    decoding = Decoding(network, prompts, n, tokenizer)
+    steps = [decoding.read_prompt(), *(decoding.read(new) for new in torch.tensor(answers).T)]
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        torch.testing.assert_close(torch.stack([logits[i] for logits in steps]),
+                                   full_logits(network, prompt, answer, tokenizer), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_answers_come_in_the_order_of_the_prompts(structure, random_model, tokenizer):
+    """Whatever shares a batch, answer i belongs to prompt i, and its neighbours do not change it."""
+    network, prompts = random_model(structure, layers=2), [random_tokens(n) for n in PROMPT_LENGTHS]
+    alone = [generate(network, [prompt], tokenizer, 5, temperature=0)[0] for prompt in prompts]
+    assert len({tuple(answer) for answer in alone}) > 2
+    for batch_size in (1, 2, 256):
+        assert generate(network, prompts, tokenizer, 5, temperature=0, batch_size=batch_size) == alone
+    assert generate(network, [], tokenizer, 5) == []
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_end_token_stops(structure, random_model, tokenizer):
+    """An answer holds its end token as its last, or max_new tokens; one that ends does not stop the rest."""
+    network, prompts = random_model(structure, layers=2), [random_tokens(n) for n in PROMPT_LENGTHS]
+    other = copy.copy(tokenizer)
+    other.end = -1                                                  # without an end token
+    endless = generate(network, prompts, other, 8, temperature=0)
+    assert all(len(answer) == 8 for answer in endless)
+    other.end = endless[0][4]                                       # a token that comes up is the end
+    stopped = generate(network, prompts, other, 8, temperature=0)
+    assert stopped == [row[:row.index(other.end) + 1] if other.end in row else row for row in endless]
+    assert len(stopped[0]) < 8
+
+
+def test_only_the_end_among_special_tokens_is_drawn(random_model, tokenizer):
+    """With all tokens nearly alike, <pad>, <bos> and sentinels never come, and most others do."""
+    answers = generate(random_model("causal"), [[]] * 200, tokenizer, 20, temperature=1e4)
+    drawn = {token for answer in answers for token in answer}
+    assert not drawn & set(forbidden(tokenizer))
+    assert tokenizer.end in drawn and len(drawn) > 0.95 * (tokenizer.vocab - len(forbidden(tokenizer)))
+
+
+def test_the_generator_decides_the_draws(random_model, tokenizer):
+    """The same seed gives the same answers whatever torch's global generator holds; another seed others."""
+    network, prompts = random_model("prefix"), [random_tokens(n) for n in PROMPT_LENGTHS]
+
+    def draw(seed):
+        return generate(network, prompts, tokenizer, 6, generator=torch.Generator().manual_seed(seed))
+    first = draw(1)
+    torch.rand(3)
+    assert draw(1) == first != draw(2)
+
+
+# ---- one draw ----------------------------------------------------------------------------------------------
+
+LOGITS = [1.0, 3.0, 0.5, 2.5, -1.0, 2.0, -0.5]
+
+
+def kept(temperature: float, top_k: int, top_p: float) -> dict[int, float]:
+    """token -> probability, by definition: the most likely, at most k, until their share reaches p."""
+    exponentials = {token: math.exp(x / temperature) for token, x in enumerate(LOGITS)}
+    ranking = sorted(exponentials, key=exponentials.get, reverse=True)[:top_k or None]
+    total, chosen = sum(exponentials[token] for token in ranking), []
+    for token in ranking:
+        if sum(exponentials[t] for t in chosen) < top_p * total:
+            chosen.append(token)
+    return {token: exponentials[token] / sum(exponentials[t] for t in chosen) for token in chosen}
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 7, 1.0), (1.0, 50, 1.0),
+    (1.0, 0, 0.5), (1.0, 0, 0.8), (1.5, 0, 0.9), (1.0, 0, 1e-6), (1.0, 4, 0.7), (0.7, 3, 0.95)])
+def test_frequencies_follow_the_definition(temperature, top_k, top_p):
+    """What is cut off never comes; the others come as often as the renormalised softmax says (chi-square)."""
+    n, expected = 20_000, kept(temperature, top_k, top_p)
+    logits, generator = torch.tensor(LOGITS).expand(n, -1), torch.Generator().manual_seed(0)
+    drawn = next_tokens(logits, temperature, top_k, top_p, generator)
+    counts = torch.bincount(drawn, minlength=len(LOGITS)).tolist()
+    assert {token for token, count in enumerate(counts) if count} == set(expected)
+    chi_square = sum((counts[token] - n * p) ** 2 / (n * p) for token, p in expected.items())
+    freedom = len(expected) - 1
+    assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_rows_are_cut_apart():
+    """top_k and top_p look at each row by itself, and leave the caller's logits as they are."""
+    logits = torch.stack([torch.tensor(LOGITS), -torch.tensor(LOGITS)])
+    before = logits.clone()
+    for top_k, top_p in ((1, 1.0), (0, 0.3)):
+        assert next_tokens(logits, 1.0, top_k, top_p, None).tolist() == [1, 4]
+    assert next_tokens(logits, 0, 0, 1.0, None).tolist() == [1, 4]
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_shapes_are_what_names_say(top_k):
+    """Every suffixed local of a draw has the dimensions of its name."""
+    _, seen = check_shapes(next_tokens, torch.tensor(LOGITS).expand(4, -1), 1.0, top_k, 0.8, None)
+    assert seen["next_tokens"] > 2
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_shapes_of_decoding_are_what_names_say(structure, random_model, tokenizer):
+    """The same for reading prompts and tokens with the cache."""
+    prompts = [random_tokens(n) for n in PROMPT_LENGTHS]
+    _, seen = check_shapes(generate, random_model(structure), prompts, tokenizer, 3)
+    assert {"generate", "read", "logits", "decode", "append"} <= set(seen)

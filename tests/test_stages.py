@@ -1,0 +1,280 @@
+"""The four stages end to end on a small generated package: every structure, resuming, ranks, bad input."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import common
+import evaluate
+import generate
+import train_ppo
+import train_pretrain
+import train_rm
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+STRUCTURES = ("causal", "prefix", "encdec")
+SMALL = dict(device="cpu", dtype="fp32", save_every=2, eval_every=2, keep=9)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder of Python files whose functions say in a docstring what they do."""
+    folder = tmp_path_factory.mktemp("package")
+    verbs = ("read", "write", "sort", "merge", "split", "count", "find", "remove", "update", "check")
+    nouns = ("file", "table", "graph", "list", "index", "matrix", "token", "buffer", "socket", "record", "node", "edge")
+    for verb in verbs:
+        functions = [f'def {verb}_{noun}({noun}, option):\n    """{verb.capitalize()} the {noun} {k} times.\n\n    '
+                     f'The {noun} must be open, and option {k} decides how often it is done.\n    """\n'
+                     for k, noun in enumerate(nouns)]
+        (folder / f"{verb}.py").write_text("\n\n".join(functions))
+    return folder
+
+
+def stage_configs(structure: str, package: Path, runs: Path) -> list:
+    """(main, Config) of the four stages, small enough for a test."""
+    objective = "prefix_lm" if structure != "causal" else "next_token"
+    common_flags = dict(SMALL, data=str(package))
+    return [
+        (train_pretrain.main, train_pretrain.Config(
+            **common_flags, out=str(runs / "pretrain"), structure=structure, objective=objective, vocab=420, layers=1,
+            heads=2, kv_heads=1, width=32, steps=4, batch_size=4, context=64, warmup=2, eval_size=10)),
+        (train_sft.main, train_sft.Config(
+            **common_flags, init=str(runs / "pretrain"), out=str(runs / "sft"), steps=4, batch_size=8, warmup=2, eval_size=10)),
+        (train_rm.main, train_rm.Config(
+            **common_flags, init=str(runs / "sft"), out=str(runs / "rm"), prompts=20, answers=4, max_new=8, steps=4, batch_size=4,
+            warmup=2, eval_size=5)),
+        (train_ppo.main, train_ppo.Config(
+            **common_flags, init=str(runs / "sft"), reward=str(runs / "rm"), out=str(runs / "ppo"), steps=4, batch_size=8,
+            minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5)),
+    ]
+
+
+@pytest.fixture(scope="module", params=STRUCTURES)
+def flow(request, package, tmp_path_factory):
+    """All four stages of one structure: (run folders, configs, last log lines)."""
+    runs = tmp_path_factory.mktemp(request.param)
+    stages = stage_configs(request.param, package, runs)
+    return runs, stages, [main(config) for main, config in stages]
+
+
+def test_every_stage_with_every_structure(flow):
+    """Each stage ends, with finite figures, and leaves everything that the next one and the reader need."""
+    runs, stages, last = flow
+    for (_, config), row in zip(stages, last):
+        assert row["step"] == config.steps and all(torch.isfinite(torch.tensor(float(v))) for v in row.values())
+        for name in ("config.json", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.tiktoken", "held_out.json"):
+            assert (Path(config.out) / name).stat().st_size > 0, name
+
+
+def test_first_ppo_iteration_starts_at_the_reference(flow):
+    """Before anything is learnt, policy and reference are one: KL is 0, and the first ratio is exactly 1."""
+    runs, _, _ = flow
+    rows = [json.loads(line) for line in (runs / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["kl"] == 0 and all(abs(row["ratio"] - 1) < 1e-6 for row in rows)
+
+
+def test_no_held_out_name_is_trained_on(flow, package):
+    """The names that pretraining holds out are held out by every later stage, and no stage trains on one."""
+    runs, _, _ = flow
+    names = [checkpoint.held_out_names(str(runs / stage)) for stage in ("pretrain", "sft", "rm", "ppo")]
+    assert names[0] and all(names[0] <= later for later in names[1:])
+
+
+@pytest.mark.parametrize("stage", range(4), ids=("pretrain", "sft", "rm", "ppo"))
+def test_resumed_equals_uninterrupted(flow, stage, tmp_path):
+    """Stopped at step 2 and resumed, a run ends in the same weights, bit by bit."""
+    _, stages, _ = flow
+    main, config = stages[stage]
+    folder = tmp_path / "resumed"
+    shutil.copytree(config.out, folder)
+    (folder / "checkpoint-0000004.pt").unlink()
+    main(type(config)(**{**vars(config), "out": str(folder), "resume": "must"}))
+    whole, resumed = (torch.load(Path(out) / "checkpoint-0000004.pt") for out in (config.out, folder))
+    for part in ("model", "value") if stage == 3 else ("model",):
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, resumed[part][name]), (part, name)
+
+
+def test_the_report_covers_all_rows(flow, package):
+    """evaluate.py writes its three files, and each row has its figures."""
+    runs, _, _ = flow
+    report = evaluate.main(evaluate.Config(runs=str(runs), data=str(package), prompts=5, best_of=2, max_new=8, device="cpu"))
+    assert json.loads((runs / "report.json").read_text()) == report
+    assert (runs / "report.png").stat().st_size > 0 and "| ppo |" in (runs / "report.md").read_text()
+    for row in ("base", "sft", "best_of_n", "ppo", "human"):
+        assert 0 <= report[row]["gold_low"] <= report[row]["gold"] <= report[row]["gold_high"] <= 1
+    assert abs(report["sft"]["kl"]) < 1e-4
+    assert {"accuracy", "accuracy_human_sample"} <= set(report["reward_model"])
+
+
+def test_generate_answers_from_a_run(flow, capsys):
+    """The command line's main gives as many answers as asked for."""
+    runs, _, _ = flow
+    answers = generate.main(generate.Config(run=str(runs / "ppo"), prompt="def read_area(width):", samples=3, max_new=8, device="cpu"))
+    assert len(answers) == 3 and capsys.readouterr().out.count("\n") >= 3
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import data, test_stages, train_ppo
+from pathlib import Path
+data.CACHE = Path({cache!r})
+sampled = train_ppo.generate
+def greedy(model, prompts, tokenizer, max_new, *arguments, **options):
+    return sampled(model, prompts, tokenizer, max_new, temperature=0.0)
+train_ppo.generate = greedy                     # the same answers on any number of ranks
+for main, config in test_stages.stage_configs("causal", Path({package!r}), Path({runs!r})):
+    main(config)
+import torch.distributed as dist
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def run_ranks(n: int, package: Path, folder: Path) -> dict[str, list[dict]]:
+    """All four stages on n ranks; the logs by stage."""
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(folder / "cache"),
+                                    package=str(package), runs=str(folder / "runs")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(driver)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    return {stage: [json.loads(line) for line in (folder / "runs" / stage / "metrics.jsonl").read_text().splitlines()]
+            for stage in ("pretrain", "sft", "rm", "ppo")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is tested on Linux and macOS")
+def test_two_ranks_equal_one(package, tmp_path):
+    """With the same global batch two ranks log the same losses, gradients and PPO figures as one process."""
+    logs = {}
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        logs[n] = run_ranks(n, package, tmp_path / str(n))
+    for stage, rows in logs[1].items():
+        for one, two in zip(rows, logs[2][stage], strict=True):
+            for name in set(one) - {"seconds", "padding", "explained_variance"}:
+                assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+def fails(monkeypatch, capsys, module, *flags: str) -> str:
+    """Run a script with these flags; it must exit with 2 and one sentence on stderr, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    with pytest.raises(SystemExit) as exit_info:
+        common.run_main(module.main, module.Config, module.__doc__)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_unknown_flag_names_the_nearest(monkeypatch, capsys):
+    assert "--batch_size" in fails(monkeypatch, capsys, train_sft, "--batchsize", "3")
+
+
+@pytest.mark.parametrize("content, fragment", [
+    (b"", "empty"),
+    (b"\n\n", "empty"),
+    (b"\xff\xfe\x00a", "UTF-8"),
+    (b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "d.jsonl:2"),
+    (b'{"question": "a", "answer": "b"}\n', "found question, answer"),
+    (b'{"prompt": "a", "response": 3}\n', "'response'"),
+    (b'{"text": "a"}\n', "prompt + response"),
+    (b'[1, 2]\n', "d.jsonl:1"),
+])
+def test_bad_files_are_one_sentence(monkeypatch, capsys, tmp_path, flow, content, fragment):
+    """A file that cannot be used is named with its line and what was expected; nothing is written."""
+    runs, _, _ = flow
+    (tmp_path / "d.jsonl").write_bytes(content)
+    error = fails(monkeypatch, capsys, train_sft, "--data", str(tmp_path / "d.jsonl"), "--init", str(runs / "pretrain"),
+                  "--out", str(tmp_path / "out"))
+    assert fragment in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, fragment", [
+    (("--data", "missing.txt"), "no such file"),
+    (("--heads", "3"), "heads 3"),
+    (("--kv_heads", "3"), "kv_heads 3"),
+    (("--structure", "circle"), "circle"),
+    (("--objective", "guess"), "guess"),
+    (("--vocab", "100"), "vocab 100"),
+    (("--steps", "0"), "steps"),
+    (("--steps", "many"), "many"),
+    (("--batch_size", "100000"), "lower"),
+    (("--resume", "must"), "resume"),
+    (("--resume", "perhaps"), "perhaps"),
+    (("--dtype", "fp7"), "fp7"),
+    (("--device", "abacus"), "abacus"),
+])
+def test_bad_flags_are_one_sentence(monkeypatch, capsys, tmp_path, package, flags, fragment):
+    """Flags that cannot be satisfied are refused before anything is written."""
+    flags = (() if "--data" in flags else ("--data", str(package))) + ("--vocab", "420") * ("--vocab" not in flags) + flags
+    assert fragment in fails(monkeypatch, capsys, train_pretrain, "--out", str(tmp_path / "out"), *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_absent_cuda_is_one_sentence(monkeypatch, capsys, tmp_path):
+    assert "not present" in fails(monkeypatch, capsys, train_pretrain, "--device", "cuda", "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("module, needed", [(train_sft, "train_pretrain.py"), (train_rm, "train_sft.py"),
+                                            (train_ppo, "train_sft.py"), (evaluate, "train_pretrain.py")])
+def test_a_stage_names_the_one_it_needs(monkeypatch, capsys, tmp_path, module, needed):
+    flag = "--runs" if module is evaluate else "--init"
+    out = () if module is evaluate else ("--out", str(tmp_path / "out"))
+    assert needed in fails(monkeypatch, capsys, module, flag, str(tmp_path / "nowhere"), *out)
+
+
+def test_prompts_without_room_are_dropped_or_refused(monkeypatch, capsys, tmp_path, flow):
+    """Prompts that leave no room for an answer are dropped and counted; if that is all of them, the run is refused."""
+    runs, _, _ = flow
+    long_prompt = json.dumps({"prompt": "word " * 500})
+    (tmp_path / "p.jsonl").write_text(f"{long_prompt}\n" * 3)
+    error = fails(monkeypatch, capsys, train_ppo, "--data", str(tmp_path / "p.jsonl"), "--init", str(runs / "sft"),
+                  "--reward", str(runs / "rm"), "--out", str(tmp_path / "out"))
+    assert "prompts" in error and not (tmp_path / "out").exists()
+
+
+def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
+    """A folder that holds a run with other settings is refused, and what differs is named."""
+    _, stages, _ = flow
+    config = stages[1][1]
+    before = sorted(path.name for path in Path(config.out).iterdir())
+    error = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.init, "--out", config.out, "--lr", "0.5")
+    assert "lr" in error and sorted(path.name for path in Path(config.out).iterdir()) == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch, package, tmp_path):
+    """NaN: the run ends with a fault before the optimizer step, and the last good checkpoint is still there."""
+    main, config = stage_configs("causal", package, tmp_path)[0]
+    real, calls = train_pretrain.objectives.language_model_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        loss = real(*arguments)
+        return loss * float("nan") if len(calls) > 3 and loss.requires_grad else loss
+    monkeypatch.setattr(train_pretrain.objectives, "language_model_loss", poisoned)
+    with pytest.raises(common.Fault, match="not a finite number"):
+        main(config)
+    state = checkpoint.latest(Path(config.out))
+    assert state["step"] == 2 and all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys):
+    """A truncated file is said, and the checkpoint before it is used."""
+    _, stages, _ = flow
+    folder = tmp_path / "damaged"
+    shutil.copytree(stages[1][1].out, folder)
+    newest = folder / "checkpoint-0000004.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert checkpoint.latest(folder)["step"] == 2 and "cannot be read" in capsys.readouterr().out
