@@ -73,6 +73,9 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask) -> Tensor:
     if not isinstance(mask, Tensor) and mask is not masks_module.causal:
         return flex(q_BHTK, k_BGSK, v_BGSK, mask)
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    if groups > 1 and q_BHTK.shape[2] == 1 and isinstance(mask, Tensor) and mask.shape[1] == 1:
+        queries = q_BHTK.unflatten(1, (-1, groups)).squeeze(3)       # decoding: a group's heads as queries of one head,
+        return F.scaled_dot_product_attention(queries, k_BGSK, v_BGSK, attn_mask=mask).flatten(1, 2).unsqueeze(2)   # no copy
     k_BHSK, v_BHSK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BGSK, v_BGSK))
     if mask is not masks_module.causal:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
@@ -141,6 +144,11 @@ class KVCache:
             raise ValueError(f"the cache holds {self.k.shape[3]} tokens; {end} were asked for")
         self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k_BGTK, v_BGTK
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but these."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.cross = [pair and (pair[0][rows], pair[1][rows]) for pair in self.cross]
 
 
 class Attention(nn.Module):

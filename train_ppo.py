@@ -3,7 +3,7 @@
     data              prompts alone (or --data prompts); the answers are the policy's own
     initial weights   policy and frozen reference from SFT, value model from the reward model
     mask              the structure's, as before
-    objective         clipped policy gradient (Schulman et al. 2017, eq. 7) on reward - beta KL(policy || reference),
+    objective         clipped policy gradient (Schulman et al. 2017, eq. 7) on reward - beta KL to the reference,
                       plus ptx times the language-model loss on human answers (Ouyang et al. 2022, eq. 2)
     what is trained   the policy and the value model; reference and reward model stay as they are
 """
@@ -25,18 +25,18 @@ from common import UserError
 from generate import generate, generate_many
 from labeller import Labeller
 
-# ---- 1. config ---------------------------------------------------------------------------------------------------
+# ---- 1. config ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    data: str = ""                      # own data instead of the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/sft"              # run folder to start from
     reward: str = "runs/rm"             # run folder of the reward model
     out: str = "runs/ppo"               # run folder
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds
-    beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
+    beta: float = 0.07                  # price of a nat of KL to the reference, in units of reward
     gamma: float = 1.0                  # discount per token
     lam: float = 0.95                   # lambda of generalised advantage estimation
     ratio_clip: float = 0.2             # the policy's probability ratio is clipped to 1 +- this
@@ -67,11 +67,11 @@ class Config:
     compile: bool = False               # torch.compile the model
     tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
 
-    TINY = dict(init="runs/tiny/sft", reward="runs/tiny/rm", out="runs/tiny/ppo", steps=4, batch_size=16, minibatch_size=8,
-                max_new=16, warmup=1, ptx_size=8, eval_every=2, eval_size=20, save_every=2)
+    TINY = dict(init="runs/tiny/sft", reward="runs/tiny/rm", out="runs/tiny/ppo", steps=4, batch_size=16,
+                minibatch_size=8, max_new=16, warmup=1, ptx_size=8, eval_every=2, eval_size=20, save_every=2)
 
 
-# ---- 2. set-up ---------------------------------------------------------------------------------------------------
+# ---- 2. set-up ---------------------------------------------------------------------------------------------
 
 def set_up(config: Config) -> common.Run:
     run = common.set_up(config)
@@ -81,7 +81,7 @@ def set_up(config: Config) -> common.Run:
     return run
 
 
-# ---- 3. data -----------------------------------------------------------------------------------------------------
+# ---- 3. data -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Data:
@@ -94,15 +94,17 @@ class Data:
 
 
 def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
-    records = [record for record in data.load_records(config.data, config.tiny) if record.prompt]
+    records = [r for r in data.load_records(config.data, config.tiny) if r.prompt]
     train, held_out = data.split(records, checkpoint.held_out_names(config.init))
-    labeller = Labeller(data.texts_of([record for record in train if record.response]))
+    labeller = Labeller(data.texts_of([r for r in train if r.response]))
     rng = np.random.default_rng(config.seed)
-    sequences = [data.token_rows(tokenizer, part, ("prompt",), config.context - config.max_new) for part in (train, held_out)]
+    sequences = [data.token_rows(tokenizer, part, ("prompt",), config.context - config.max_new)
+                 for part in (train, held_out)]
     data.require(sequences, config.batch_size, "prompts (.jsonl with prompt)", config)
-    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} prompts leave no room for {config.max_new} tokens and are dropped")
-    pairs = [data.token_rows(tokenizer, [r for r in part if r.response], ("prompt", "response"), config.context)
-             for part in (train, held_out)]
+    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} prompts leave no room for "
+              f"{config.max_new} tokens and are dropped")
+    answered = [[r for r in part if r.response] for part in (train, held_out)]
+    pairs = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context) for part in answered]
     sequences[1] = pairs[1] or sequences[1]
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     names = data.names_of(held_out) | checkpoint.held_out_names(config.init)
@@ -124,7 +126,7 @@ def pairs_of_update(config: Config, loaded: Data, update: int) -> list[data.Exam
     return [loaded.pairs[i] for i in chosen]
 
 
-# ---- 4. model ----------------------------------------------------------------------------------------------------
+# ---- 4. model ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Models:
@@ -136,8 +138,10 @@ class Models:
 
 
 def build_model(config: Config, run: common.Run) -> tuple[Models, data.Tokenizer]:
-    policy, tokenizer = checkpoint.load_model(config.init, first="python train_sft.py" + " --tiny" * config.tiny)
-    reward, its_tokenizer = checkpoint.load_model(config.reward, first="python train_rm.py" + " --tiny" * config.tiny)
+    needed = "python train_sft.py" + " --tiny" * config.tiny
+    policy, tokenizer = checkpoint.load_model(config.init, first=needed)
+    needed = "python train_rm.py" + " --tiny" * config.tiny
+    reward, its_tokenizer = checkpoint.load_model(config.reward, first=needed)
     if not isinstance(reward, model_file.ScalarModel) or its_tokenizer.ranks != tokenizer.ranks:
         raise UserError(f"{config.reward} is no reward model for the tokens of {config.init}")
     models = Models(policy, value=copy.deepcopy(reward), reference=copy.deepcopy(policy), reward=reward)
@@ -150,33 +154,36 @@ def build_model(config: Config, run: common.Run) -> tuple[Models, data.Tokenizer
     return models, tokenizer
 
 
-# ---- 5. optimizer ------------------------------------------------------------------------------------------------
+# ---- 5. optimizer ------------------------------------------------------------------------------------------
 
 def build_optimizer(config: Config, models: Models) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), one for both networks, each with its own learning rate."""
-    groups = [{"params": models.policy.parameters(), "scale": 1.0},
-              {"params": models.value.parameters(), "scale": config.value_lr / config.lr if config.lr else 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    groups = [{"params": models.policy.parameters(), "weight_decay": config.weight_decay, "scale": 1.0},
+              {"params": models.value.parameters(), "weight_decay": config.weight_decay,
+               "scale": config.value_lr / config.lr if config.lr else 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-# ---- 6. evaluate -------------------------------------------------------------------------------------------------
+# ---- 6. evaluate -------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(config: Config, run: common.Run, loaded: Data, models: Models) -> dict[str, float]:
-    """On held-out prompts: the gold score of sampled and of greedy answers, and the loss on the human ones."""
+    """On held-out prompts: the gold score of sampled and of greedy answers; the loss on the human ones."""
     policy, result = common.unwrap(models.policy), {}
+    structure = policy.config.structure
     prompts = [prompt for prompt, _ in loaded.held_out]
     for name, temperature in (("eval_gold", config.temperature), ("eval_gold_greedy", 0.0)):
-        answers = generate_many(run, policy, prompts, loaded.tokenizer, config.max_new, temperature, config.seed)
+        answers = generate_many(run, policy, prompts, loaded.tokenizer, config.max_new, temperature,
+                                config.seed)
         result[name] = float(np.mean(golds_of(loaded, prompts, answers)))
     nats = counted = 0
     for start in range(0, len(loaded.held_out) if loaded.pairs else 0, 64):
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
-        batch = data.lay_out(examples, policy.config.structure, config.context, loaded.tokenizer).to(run.device)
+        batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
         with run.autocast():
-            logits_NV = policy(batch, masks.of_batch(policy.config.structure, batch), batch.loss_mask)
+            logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
         nats += float(objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask]))
         counted += int(batch.loss_mask.sum())
     nats, counted = run.sum([nats, counted]).tolist()
@@ -189,11 +196,11 @@ def golds_of(loaded: Data, prompts: list[list[int]], answers: list[list[int]]) -
     return [loaded.labeller.gold(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
 
 
-# ---- 7. train ----------------------------------------------------------------------------------------------------
+# ---- 7. train ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Rollout:
-    """A minibatch of answers and what was known when they were sampled. Tensors (B, T), packed as the batch is."""
+    """A minibatch of answers and what was known when they were sampled. Tensors (B, T), as the batch."""
     batch: data.Batch
     masks: masks.Masks
     actions: torch.Tensor               # True at the positions whose prediction was sampled
@@ -207,21 +214,23 @@ class Rollout:
     returns: torch.Tensor | None = None
 
 
-def train_step(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, step: int) -> dict[str, float]:
+def train_step(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, step: int) -> dict:
     """One iteration: sample answers, score them, estimate advantages, learn from them for some epochs."""
     prompts = run.mine(examples_of_step(config, loaded, step))
     answers = sample(config, run, loaded, models, prompts, step)
     n = config.minibatch_size // run.world
-    rollouts = [score(config, run, loaded, models, prompts[i:i + n], answers[i:i + n]) for i in range(0, len(prompts), n)]
+    rollouts = [score(config, run, loaded, models, prompts[i:i + n], answers[i:i + n])
+                for i in range(0, len(prompts), n)]
     estimate_advantages(config, run, rollouts)
     metrics = describe(run, loaded, prompts, answers, rollouts)
     return {**metrics, **learn(config, run, loaded, models, optimizer, rollouts, step)}
 
 
-def sample(config: Config, run: common.Run, loaded: Data, models: Models, prompts, step: int) -> list[list[int]]:
+def sample(config: Config, run: common.Run, loaded: Data, models: Models, prompts, step: int) -> list:
     """The policy's own answers. The draws are a function of seed, step and rank."""
     generator = torch.Generator(run.device).manual_seed((config.seed * 100_003 + step) * 1_009 + run.rank)
-    return generate(common.unwrap(models.policy), prompts, loaded.tokenizer, config.max_new, config.temperature,
+    policy = common.unwrap(models.policy)
+    return generate(policy, prompts, loaded.tokenizer, config.max_new, config.temperature,
                     generator=generator)
 
 
@@ -242,31 +251,35 @@ def score(config: Config, run: common.Run, loaded: Data, models: Models, prompts
         values_N = models.value(batch, batch_masks, actions_BT)
         scores_M = models.reward(batch, batch_masks, batch.last)
     scores_M = scores_M - config.no_end * (batch.tokens[batch.last] != loaded.tokenizer.end)
-    # subtle: the reward is read where the last token stands, and paid where it was chosen: one position before
+    # subtle: the reward is read where the last token stands, and paid where it was chosen: one before
     last_action_BT = torch.roll(batch.last, -1, dims=1)
-    place = partial(torch.zeros(actions_BT.shape, device=run.device).masked_scatter, actions_BT)       # (N,) -> (B, T)
-    return Rollout(batch, batch_masks, actions_BT, last_action_BT, place(objectives.token_logprobs(logits_NV, targets_N)),
-                   place(objectives.token_logprobs(ref_logits_NV, targets_N)), place(objectives.entropy(logits_NV)),
-                   place(values_N), torch.zeros(actions_BT.shape, device=run.device).masked_scatter(last_action_BT, scores_M))
+    zeros_BT = torch.zeros(actions_BT.shape, device=run.device)
+    place = partial(zeros_BT.masked_scatter, actions_BT)                    # (N,) -> (B, T)
+    return Rollout(batch, batch_masks, actions_BT, last_action_BT,
+                   logprobs=place(objectives.token_logprobs(logits_NV, targets_N)),
+                   ref_logprobs=place(objectives.token_logprobs(ref_logits_NV, targets_N)),
+                   entropy=place(objectives.entropy(logits_NV)), values=place(values_N),
+                   scores=zeros_BT.masked_scatter(last_action_BT, scores_M))
 
 
 def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]) -> None:
-    """Rewards with the KL penalty, generalised advantages, returns; advantages whitened over the whole iteration."""
+    """Rewards with the KL penalty, advantages, returns; advantages whitened over the whole iteration."""
     for r in rollouts:
-        rewards_BT = objectives.kl_penalised_rewards(r.scores, r.logprobs, r.ref_logprobs, r.actions, r.last_action,
-                                                     config.beta)
-        r.advantages = objectives.gae(rewards_BT, r.values, r.actions, r.last_action, config.gamma, config.lam)
+        rewards_BT = objectives.kl_penalised_rewards(r.scores, r.logprobs, r.ref_logprobs, r.actions,
+                                                     r.last_action, config.beta)
+        r.advantages = objectives.gae(rewards_BT, r.values, r.actions, r.last_action, config.gamma,
+                                      config.lam)
         r.returns = r.advantages + r.values
     advantages_N = torch.cat([r.advantages[r.actions] for r in rollouts]).double()
-    n, total, squares = run.sum(torch.stack([torch.tensor(float(len(advantages_N)), device=run.device, dtype=torch.float64),
-                                             advantages_N.sum(), (advantages_N ** 2).sum()]))
+    n = run.sum(len(advantages_N))
+    total, squares = run.sum(torch.stack([advantages_N.sum(), (advantages_N ** 2).sum()]))
     mean, var = (total / n).float(), (squares / n - (total / n) ** 2).float()
     for r in rollouts:
         r.advantages = objectives.whiten(r.advantages, (mean, var)) * r.actions
 
 
 def learn(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, rollouts: list[Rollout],
-          step: int) -> dict[str, float]:
+          step: int) -> dict:
     """Some epochs over the minibatches: an optimizer step each."""
     updates = [(epoch, i) for epoch in range(config.epochs) for i in range(len(rollouts))]
     sums = []
@@ -275,17 +288,19 @@ def learn(config: Config, run: common.Run, loaded: Data, models: Models, optimiz
         if number == 0 and sums[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
             raise common.Fault(f"on the first minibatch the ratio differs from 1 by {sums[0]['off']:.2g}: "
                                "the policy that learns is not the one that sampled")
-    means = {name: float(np.mean([s[name] for s in sums])) for name in sums[0] if name not in ("off", "ratio")}
-    return {"ratio": sums[0]["ratio"], **means}
+    means = {name: float(np.mean([s[name] for s in sums])) for name in sums[0] if name != "off"}
+    return {**means, "ratio": sums[0]["ratio"]}
 
 
-def update(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, r: Rollout, number: int) -> dict[str, float]:
+def update(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, r: Rollout,
+           number: int) -> dict[str, float]:
     """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in."""
     counted = run.sum(r.actions.sum())
     mixed = config.ptx > 0 and bool(loaded.pairs)
     with run.autocast(), common.gradients_meet(models.policy, last=not mixed):
         logits_NV = models.policy(r.batch, r.masks, r.actions) / config.temperature
-        logprobs_N, old_logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions]), r.logprobs[r.actions]
+        logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions])
+        old_logprobs_N = r.logprobs[r.actions]
         policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
                                                      config.ratio_clip).sum() / counted
         (policy_loss * run.world).backward()                  # DDP averages over ranks; the loss is a sum
@@ -295,8 +310,8 @@ def update(config: Config, run: common.Run, loaded: Data, models: Models, optimi
                                                    config.value_clip).sum() / counted
         (value_loss * run.world).backward()
     ptx_loss = mix_in(config, run, loaded, models.policy, number) if mixed else 0.0
-    networks = [model for model in (models.policy, models.value)]
-    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf) for model in networks]
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+             for model in (models.policy, models.value)]
     common.check_finite(number, loss=policy_loss + value_loss + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()
@@ -304,7 +319,8 @@ def update(config: Config, run: common.Run, loaded: Data, models: Models, optimi
         change = logprobs_N - old_logprobs_N
         clipped = run.sum(((change.exp() - 1).abs() > config.ratio_clip).sum()) / counted
         ratio = run.sum(change.exp().sum()) / counted
-    return {"policy_loss": float(run.sum(policy_loss.detach())), "value_loss": float(run.sum(value_loss.detach())),
+    return {"policy_loss": float(run.sum(policy_loss.detach())),
+            "value_loss": float(run.sum(value_loss.detach())),
             "ptx_loss": float(ptx_loss), "clip_fraction": float(clipped), "ratio": float(ratio),
             "off": float((change.exp() - 1).abs().max())}
 
@@ -322,7 +338,7 @@ def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -
     return float(run.sum(loss.detach()) / counted)
 
 
-# ---- 8. log ------------------------------------------------------------------------------------------------------
+# ---- 8. log ------------------------------------------------------------------------------------------------
 
 def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rollout]) -> dict[str, float]:
     """The iteration's answers in figures: means over answers, over tokens for entropy."""
@@ -331,25 +347,29 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
     kl = sum(((r.logprobs - r.ref_logprobs) * r.actions).sum() for r in rollouts)
     ended = sum(answer[-1] == loaded.tokenizer.end for answer in answers)
     n_tokens = sum(map(len, answers))
-    sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl, total("entropy", "actions"),
-                                 ended, sum(golds_of(loaded, prompts, answers))], dtype=torch.float64)).tolist()
-    values, returns = (torch.cat([getattr(r, name)[r.actions] for r in rollouts]) for name in ("values", "returns"))
+    sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl,
+                                 total("entropy", "actions"), ended, sum(golds_of(loaded, prompts, answers))],
+                                dtype=torch.float64)).tolist()
+    values, returns = (torch.cat([getattr(r, name)[r.actions] for r in rollouts])
+                       for name in ("values", "returns"))
     n, n_tokens, score, kl, entropy, ended, gold = sums
-    return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens, "length": n_tokens / n,
-            "ended": ended / n, "explained_variance": float(objectives.explained_variance(values, returns))}
+    return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens,
+            "length": n_tokens / n, "ended": ended / n,
+            "explained_variance": float(objectives.explained_variance(values, returns))}
 
 
 def write_samples(config: Config, run: common.Run, loaded: Data, models: Models) -> None:
     """A few held-out prompts: what a human wrote, and what the policy makes of it."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    answers = generate(common.unwrap(models.policy), [source for source, _ in examples], loaded.tokenizer, max_new=48,
-                       temperature=0.7, generator=torch.Generator(run.device).manual_seed(config.seed))
+    prompts = [source for source, _ in examples]
+    answers = generate(common.unwrap(models.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
+                       generator=torch.Generator(run.device).manual_seed(config.seed))
     run.write_samples([(decode(source), decode(targets[0]) if targets else "", decode(answer))
                        for (source, targets), answer in zip(examples, answers)])
 
 
-# ---- 9. save -----------------------------------------------------------------------------------------------------
+# ---- 9. save -----------------------------------------------------------------------------------------------
 
 def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
@@ -360,7 +380,8 @@ def main(config: Config) -> dict[str, float]:
     policy, value = models.policy, models.value
     optimizer = build_optimizer(config, models)
     start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
-    run.print_example(loaded.tokenizer.decode(examples_of_step(config, loaded, start)[0]) + "[[the policy's own answer<end>]]")
+    first = examples_of_step(config, loaded, start)[0]
+    run.print_example(loaded.tokenizer.decode(first) + "[[the policy's own answer<end>]]")
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     models.policy, models.value = (common.wrap(model, run, config.compile) for model in (policy, value))
@@ -369,8 +390,9 @@ def main(config: Config) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config) * group["scale"]
         log.add(train_step(config, run, loaded, models, optimizer, step))
-        if common.due(step + 1, config.save_every, config.steps):       # before the evaluation: it may run out of memory
-            checkpoint.save(run, step + 1, config, policy.config, model=policy, value=value, optimizer=optimizer)
+        if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
+            checkpoint.save(run, step + 1, config, policy.config, model=policy, value=value,
+                            optimizer=optimizer)
         due = common.due(step + 1, config.eval_every, config.steps)
         log.line(step + 1, **(evaluate(config, run, loaded, models) if due else {}))
 

@@ -20,23 +20,23 @@ import model as model_file
 import objectives
 from generate import generate
 
-# ---- 1. config ---------------------------------------------------------------------------------------------------
+# ---- 1. config ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    data: str = ""                      # own data instead of the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds
-    steps: int = 2000                   # optimizer steps
+    steps: int = 2400                   # optimizer steps
     batch_size: int = 32                # sequences a step, all ranks together; here pairs
     micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
-    lr: float = 2e-3                    # highest learning rate
+    lr: float = 3e-3                    # highest learning rate
     warmup: int = 50                    # steps until it is reached; then a cosine down to a tenth
-    source_weight: float = 0.4          # of the loss on source tokens (causal decoder), beside 1 on target tokens
+    source_weight: float = 1.0          # of the loss on source tokens (causal decoder alone); targets: 1
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 500               # steps between evaluations, 0: only at the end
@@ -53,13 +53,13 @@ class Config:
                 eval_every=30, eval_size=50, save_every=30)
 
 
-# ---- 2. set-up ---------------------------------------------------------------------------------------------------
+# ---- 2. set-up ---------------------------------------------------------------------------------------------
 
 def set_up(config: Config) -> common.Run:
     return common.set_up(config)
 
 
-# ---- 3. data -----------------------------------------------------------------------------------------------------
+# ---- 3. data -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Data:
@@ -70,11 +70,13 @@ class Data:
 
 
 def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
-    records = [record for record in data.load_records(config.data, config.tiny) if record.response]
+    records = [r for r in data.load_records(config.data, config.tiny) if r.response]
     train, held_out = data.split(records, checkpoint.held_out_names(config.init))
-    sequences = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context) for part in (train, held_out)]
+    sequences = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context)
+                 for part in (train, held_out)]
     data.require(sequences, config.batch_size, "pairs (.jsonl with prompt + response)", config)
-    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} pairs are longer than {config.context} tokens and dropped")
+    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} pairs are longer than {config.context} "
+              "tokens and dropped")
     rng = np.random.default_rng(config.seed)
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     names = data.names_of(held_out) | checkpoint.held_out_names(config.init)
@@ -89,29 +91,31 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
     return [loaded.train[i] for i in chosen]
 
 
-# ---- 4. model ----------------------------------------------------------------------------------------------------
+# ---- 4. model ----------------------------------------------------------------------------------------------
 
 def build_model(config: Config, run: common.Run) -> tuple[model_file.LanguageModel, data.Tokenizer]:
-    model, tokenizer = checkpoint.load_model(config.init, first="python train_pretrain.py" + " --tiny" * config.tiny)
+    needed = "python train_pretrain.py" + " --tiny" * config.tiny
+    model, tokenizer = checkpoint.load_model(config.init, first=needed)
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device), tokenizer
 
 
-# ---- 5. optimizer ------------------------------------------------------------------------------------------------
+# ---- 5. optimizer ------------------------------------------------------------------------------------------
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); weight decay on matrices, none on norms and embeddings."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embedding" in name]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-# ---- 6. evaluate -------------------------------------------------------------------------------------------------
+# ---- 6. evaluate -------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
-    """Nats per target token of held-out examples, each on its own, and bits per byte of what was predicted."""
+    """Nats per target token of held-out examples, and bits per byte of what was predicted."""
     nats = counted = n_bytes = 0
     bytes_V, structure = loaded.tokenizer.bytes_per_token().to(run.device), model.config.structure
     for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
@@ -129,13 +133,13 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     return {"loss": nats / max(1, counted), "bits_per_byte": nats / math.log(2) / max(1, n_bytes)}
 
 
-# ---- 7. train ----------------------------------------------------------------------------------------------------
+# ---- 7. train ----------------------------------------------------------------------------------------------
 
-def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict[str, float]:
-    """One optimizer step: every micro-batch is laid out, masked, read, and its loss divided by the step's count."""
+def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict:
+    """One optimizer step: lay out, mask, read, and divide the loss by what the whole step counts."""
     structure = common.unwrap(model).config.structure
     micro_batches = run.micro_batches(examples_of_step(config, loaded, step), config.micro_batch_size)
-    batches = [data.lay_out(examples, structure, config.context, loaded.tokenizer) for examples in micro_batches]
+    batches = [data.lay_out(part, structure, config.context, loaded.tokenizer) for part in micro_batches]
     weights = [data.loss_weights(batch, structure, config.source_weight) for batch in batches]
     counted = run.sum(sum(weights_BT.sum() for weights_BT in weights))
     total = 0.0
@@ -156,19 +160,20 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
             "padding": common.padding_share(batches)}
 
 
-# ---- 8. log ------------------------------------------------------------------------------------------------------
+# ---- 8. log ------------------------------------------------------------------------------------------------
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out examples: the source, what a human wrote, and what the model makes of it."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    answers = generate(model, [source for source, _ in examples], loaded.tokenizer, max_new=48, temperature=0.7,
+    prompts = [source for source, _ in examples]
+    answers = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
                        generator=torch.Generator(run.device).manual_seed(config.seed))
     run.write_samples([(decode(source), decode(target), decode(answer))
                        for (source, (target,)), answer in zip(examples, answers)])
 
 
-# ---- 9. save -----------------------------------------------------------------------------------------------------
+# ---- 9. save -----------------------------------------------------------------------------------------------
 
 def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
@@ -178,7 +183,8 @@ def main(config: Config) -> dict[str, float]:
     loaded = load_data(config, run, tokenizer)
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
-    run.print_example(data.show(examples_of_step(config, loaded, start)[0], model.config.structure, loaded.tokenizer))
+    first = examples_of_step(config, loaded, start)[0]
+    run.print_example(data.show(first, model.config.structure, loaded.tokenizer))
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     wrapped = common.wrap(model, run, config.compile)
@@ -187,7 +193,7 @@ def main(config: Config) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config)
         log.add(train_step(config, run, loaded, wrapped, optimizer, step))
-        if common.due(step + 1, config.save_every, config.steps):       # before the evaluation: it may run out of memory
+        if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
             checkpoint.save(run, step + 1, config, model.config, model=model, optimizer=optimizer)
         if common.due(step + 1, config.eval_every, config.steps):
             log.line(step + 1, **evaluate(config, run, loaded, model))

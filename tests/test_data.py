@@ -1,0 +1,197 @@
+"""Tokenizer, corpus, split, layout and order of the data, against plain versions of themselves."""
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import torch
+
+import data
+import labeller
+from conftest import random_examples
+
+TEXTS = ["The cat sat on the mat, and the cat's hat sat on the cat.", "def merge_rows(rows):\n    return sum(rows)\n\n\n",
+         "naïve café 12345 — ünïcödé \t tabs\nand   spaces  ", "<end><pad> is ordinary text"]
+
+
+def plain_bpe(texts: list[str], n_merges: int) -> list[bytes]:
+    """Byte-pair encoding with all pairs counted anew at every merge."""
+    words = Counter(word for text in texts for word in regex.findall(data.PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], count) for word, count in words.items()]
+    merges = []
+    for _ in range(n_merges):
+        counts = Counter()
+        for word, count in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] += count
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best[0] + best[1])
+        for i, (word, count) in enumerate(words):
+            j, merged = 0, []
+            while j < len(word):
+                if tuple(word[j:j + 2]) == best:
+                    merged.append(word[j] + word[j + 1])
+                    j += 2
+                else:
+                    merged.append(word[j])
+                    j += 1
+            words[i] = (merged, count)
+    return merges
+
+
+def test_incremental_counts_give_the_plain_algorithms_merges():
+    """The fast trainer and the plain loop choose the same merges in the same order."""
+    ranks = data.train_bpe(TEXTS, 256 + len(data.SPECIALS) + 40)
+    assert list(ranks)[256:] == list(dict.fromkeys(plain_bpe(TEXTS, 60)))[:40]
+    assert list(ranks.values()) == list(range(len(ranks)))
+
+
+@pytest.mark.parametrize("text", TEXTS + ["", " ", "\n\n", "日本語 text", "a" * 300])
+def test_tiktoken_encodes_as_by_hand_and_decodes_back(text):
+    """tiktoken with our ranks = the hand-written encoder; decoding gives the text back, whatever it looks like."""
+    tokenizer = data.Tokenizer(data.train_bpe(TEXTS, 256 + len(data.SPECIALS) + 40))
+    tokens = tokenizer.encode(text)
+    assert tokens == data.encode_by_hand(text, tokenizer.ranks)
+    assert tokenizer.decode(tokens) == text and max(tokens, default=0) < len(tokenizer.ranks)
+    assert int(tokenizer.bytes_per_token()[tokens].sum()) == len(text.encode())
+
+
+def test_tokenizer_file_round_trip(tokenizer, tmp_path):
+    """Saved and loaded, a tokenizer has the same ranks and special tokens; pad, bos and end are three tokens."""
+    tokenizer.save(tmp_path / "t.tiktoken")
+    loaded = data.Tokenizer.load(tmp_path / "t.tiktoken")
+    assert loaded.ranks == tokenizer.ranks and loaded.sentinels == tokenizer.sentinels
+    assert len({loaded.pad, loaded.bos, loaded.end}) == 3 and isinstance(loaded.encoding, tiktoken.Encoding)
+
+
+# ---- corpus ------------------------------------------------------------------------------------------------------
+
+def test_docstrings_are_found_with_their_signatures(tmp_path):
+    """Functions, methods and classes come with signature, words and summary; what does not parse is passed over."""
+    (tmp_path / "a.py").write_text('"""Module text here."""\nclass Box(Base):\n    """Hold things in a box."""\n'
+                                   '    def get_item(self, key: int, *rest, flag=True, **options) -> int:\n'
+                                   '        """Return the item of this key.\n\n        More."""\n'
+                                   'async def _sendHTTP(x, /, y, *, z):\n    """Send it: :func:`~m.f`, ``z`` times. Then rest."""\n')
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "latin.py").write_bytes(b'"""caf\xe9"""\n')
+    records = {record.name: record for record in data.load_records(str(tmp_path))}
+    assert records["get_item"].prompt == "def Box.get_item(self, key, *rest, flag, **options):\n# get item\n"
+    assert records["get_item"].response == "Return the item of this key."
+    assert records["get_item"].text.endswith("More.")
+    assert records["_sendHTTP"].prompt.startswith("def _sendHTTP(x, y, *, z):\n# send http\n")
+    assert records["_sendHTTP"].response == "Send it: `m.f`, `z` times."
+    assert records["Box"].response is None and records["Box"].text.startswith("class Box(Base):\n# box\n")
+
+
+def test_scanning_twice_reads_the_cache(tmp_path, monkeypatch):
+    """The second scan does not open the sources; a source that has grown is read again."""
+    (tmp_path / "a.py").write_text('def f_one():\n    """Return one of it."""\n')
+    first = data.load_records(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "scan_file", None)
+        assert data.load_records(str(tmp_path)) == first
+    (tmp_path / "a.py").write_text('def f_two():\n    """Return two of them."""\n')
+    assert data.load_records(str(tmp_path))[-1].name == "f_two"
+
+
+def test_same_summary_counts_once(tmp_path):
+    """Of two functions with one summary only the first is a pair, and so no summary crosses the split."""
+    (tmp_path / "a.py").write_text('def f_one():\n    """Return the same thing."""\ndef f_two():\n    """Return the same thing."""\n')
+    assert [record.response for record in data.load_records(str(tmp_path))] == ["Return the same thing.", None]
+
+
+def test_split_is_by_name_and_keeps_what_was_held_out():
+    """No name on both sides; about one in twenty; names that an earlier stage held out stay held out."""
+    records = [data.Record(f"name{i % 1000}", text=str(i)) for i in range(3000)]
+    train, held_out = data.split(records)
+    assert not data.names_of(train) & data.names_of(held_out) and 20 < len(data.names_of(held_out)) < 90
+    kept = {next(iter(data.names_of(train)))}
+    assert kept <= data.names_of(data.split(records, kept)[1])
+
+
+# ---- layout ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("structure", ["causal", "prefix", "encdec"])
+def test_every_example_can_be_read_back_from_the_batch(structure, tokenizer):
+    """Tokens, positions, loss mask and last tokens of a packed batch, example by example."""
+    examples = random_examples([(n % 7, [3 + n % 5]) for n in range(23)])
+    batch = data.lay_out(examples, structure, 40, tokenizer)
+    for i, (source, (target,)) in enumerate(examples):
+        where = batch.document == i
+        tokens = batch.tokens[where].tolist()
+        begin = [tokenizer.bos] if structure == "encdec" else [tokenizer.bos] + source
+        assert tokens == begin + target
+        assert batch.positions[where].tolist() == list(range(len(tokens)))
+        counted = where & batch.loss_mask
+        assert batch.targets[counted].tolist() == target
+        assert batch.tokens[where & batch.last].tolist() == target[-1:]
+        if structure == "encdec":
+            assert batch.source[batch.source_document == i].tolist() == [tokenizer.bos] + source
+    assert int(batch.loss_mask.sum()) == sum(len(target) for _, (target,) in examples)
+
+
+@pytest.mark.parametrize("structure, source, target", [("causal", 30, 15), ("prefix", 30, 15), ("encdec", 30, 15)])
+def test_little_padding(structure, source, target, tokenizer):
+    """At most 5 % of the computed tokens are padding, for 64 pairs of lengths as SFT and PPO have them."""
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(10):
+        lengths = [(int(rng.integers(source // 2, 2 * source)), [int(rng.integers(target // 2, 2 * target))]) for _ in range(64)]
+        padding, everything = data.lay_out(random_examples(lengths), structure, 256, tokenizer).padding()
+        shares.append(padding / everything)
+    assert np.mean(shares) <= 0.05, shares
+
+
+def test_rows_are_about_as_long_as_asked_for():
+    """No example is lost or doubled, and no row of small examples is much longer than asked for."""
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 5, 40):
+        sizes = [(int(size),) for size in rng.integers(5, 30, n)]
+        rows = data.balanced_rows(sizes, 60)
+        assert sorted(i for row in rows for i in row) == list(range(n))
+        assert max(sum(sizes[i][0] for i in row) for row in rows) <= 60 * 4 / 3 + 30
+
+
+def test_source_weights_count_source_tokens_of_the_causal_decoder_alone(tokenizer):
+    """Every source token that follows another one has the weight; targets have 1; prefix and encdec ignore it."""
+    examples = random_examples([(3, [2]), (0, [4])])
+    for structure, expected in (("causal", 6 + 3 * 0.5), ("prefix", 6), ("encdec", 6)):
+        batch = data.lay_out(examples, structure, 64, tokenizer)
+        assert float(data.loss_weights(batch, structure, 0.5).sum()) == expected
+
+
+def test_an_epoch_reads_everything_once_in_an_order_of_its_own():
+    """Steps of one epoch do not overlap, epochs differ in order, and the order is a function of the seed."""
+    sizes = np.ones(100, dtype=int)
+    epochs = [[data.indices_of_step(sizes, 10, 7, step)[0].tolist() for step in range(k, k + 10)] for k in (0, 10)]
+    for epoch in epochs:
+        assert sorted(i for chosen in epoch for i in chosen) == list(range(100))
+    assert epochs[0] != epochs[1]
+    assert epochs[0][3] == data.indices_of_step(sizes, 10, 7, 3)[0].tolist()
+
+
+def test_preferences_drop_ties_and_absent_answers():
+    """[p, w, l] is True exactly where w is ranked before l by at least the tie."""
+    groups = [data.Group([], [[1], [2], [3]], [0.5, 0.45, 0.9], True), data.Group([], [[1], [2]], [0.0, 1.0], False)]
+    preference = data.preferences(groups, 0.08)
+    expected = {(0, 2, 0), (0, 2, 1), (1, 1, 0)}
+    assert {tuple(index) for index in preference.nonzero().tolist()} == expected
+
+
+# ---- the labeller ------------------------------------------------------------------------------------------------
+
+def test_every_part_of_the_guideline():
+    """Each part of the gold score on lines where it is plain what it should be."""
+    prompt = data.function_prompt("def convert_color_map(x):")
+    assert labeller.command("Return it.") == 1 and labeller.command("Returns it.") == 0 and labeller.command("") == 0
+    assert labeller.about(prompt, "Converting the colors by a map.") == 1
+    assert labeller.about(prompt, "Convert it.") == pytest.approx(1 / 3)
+    assert labeller.sentence("Do it.") == 1 and labeller.sentence("do it") == 0 and labeller.sentence("Do it") == 0.5
+    assert [labeller.length("w " * n) for n in (0, 3, 10, 13, 16, 30)] == pytest.approx([0, 1, 1, 0.5, 0, 0])
+    judge = labeller.Labeller(["return the color map map"] * 3)
+    parts = judge.parts(prompt, "return the blorb map map")
+    assert parts["words"] == pytest.approx((4 / 5) ** 2) and parts["no_repetition"] == pytest.approx((3 / 4) ** 2)
+    assert judge.gold(prompt, "") == 0 < judge.gold(prompt, "Blorb") < judge.gold(prompt, "Convert the color map.") <= 1

@@ -1,0 +1,81 @@
+"""Prose and structure: what the README says runs, the scripts are siblings, every flag is read, files stay readable."""
+import dataclasses
+import difflib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import generate
+import train_ppo
+import train_pretrain
+import train_rm
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+STAGES = (train_pretrain, train_sft, train_rm, train_ppo)
+BANNERS = ("config", "set-up", "data", "model", "optimizer", "evaluate", "train", "log", "save")
+
+
+def lines_of(module) -> list[str]:
+    return [line for line in inspect.getsource(module).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("module", STAGES)
+def test_the_nine_banners_in_order(module):
+    found = re.findall(r"^# ---- (\d)\. ([\w-]+) -+$", inspect.getsource(module), re.MULTILINE)
+    assert found == [(str(i), name) for i, name in enumerate(BANNERS, start=1)]
+
+
+@pytest.mark.parametrize("earlier, later, share", [(train_pretrain, train_sft, 0.80), (train_sft, train_rm, 0.60),
+                                                   (train_rm, train_ppo, 0.35)])
+def test_the_stages_are_siblings(earlier, later, share):
+    """Lines in common and in order, as a share of the shorter script's lines."""
+    a, b = lines_of(earlier), lines_of(later)
+    matched = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
+    assert matched / min(len(a), len(b)) >= share
+
+
+@pytest.mark.parametrize("module", (*STAGES, evaluate, generate))
+def test_every_field_is_read_and_explained(module):
+    """A flag that nothing reads is a lie; a flag without a comment has no help."""
+    program = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    source = inspect.getsource(module.Config)
+    for field in dataclasses.fields(module.Config):
+        assert re.search(rf"config\.{field.name}\b", program) or f'"{field.name}"' in program, field.name
+        assert re.search(rf"^    {field.name}: .*#\s*\S", source, re.MULTILINE), field.name
+
+
+def test_the_readmes_commands_exist():
+    """Every python command of the README names a file and flags that are there."""
+    text = (ROOT / "README.md").read_text()
+    modules = {f"{module.__name__}.py": module for module in (*STAGES, evaluate, generate)}
+    commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (\w+\.py)((?: --?\w+(?: (?!&&)[^-\s`&][^\s`]*)?)*)", text)
+    assert len(commands) >= 8
+    for script, flags in commands:
+        assert (ROOT / script).exists(), script
+        if script in modules:
+            names = {field.name for field in dataclasses.fields(modules[script].Config)}
+            assert set(re.findall(r"--(\w+)", flags)) <= names | {"help"}, (script, flags)
+
+
+def test_imports_point_one_way():
+    """objectives calls no model, the model knows no data and no loss, nothing but tests imports a stage."""
+    imports = {path.stem: set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)) for path in ROOT.glob("*.py")}
+    ours = set(imports)
+    stages = {module.__name__ for module in STAGES}
+    assert imports["masks"] & ours == set() and imports["objectives"] & ours == set()
+    assert imports["model"] & ours <= {"masks", "common"}
+    assert all(not imported & stages for imported in imports.values())
+
+
+def test_lines_and_functions_stay_short():
+    """Lines up to 110 characters, functions up to 60 lines."""
+    for path in (*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            assert len(line) <= 110, f"{path.name}:{number}"
+    for module in (*STAGES, evaluate, generate):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            assert len(inspect.getsource(function).splitlines()) <= 60, name
