@@ -537,7 +537,8 @@ def indices_of_step(sizes: np.ndarray, budget: int, seed: int, step: int) -> tup
     epoch, step_of_epoch = divmod(step, max(1, int(sizes.sum()) // budget))
     order = shuffled(len(sizes), seed, epoch)
     ends = np.cumsum(sizes[order])
-    first, after = np.searchsorted(ends, [step_of_epoch * budget, (step_of_epoch + 1) * budget])
+    bounds = [step_of_epoch * budget, (step_of_epoch + 1) * budget]
+    first, after = np.searchsorted(ends, bounds, side="right")
     return order[first:max(after, first + 1)], np.random.default_rng((seed, epoch, step))
 
 
