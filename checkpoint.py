@@ -1,8 +1,9 @@
 """Checkpoints: written atomically, read back whole or not at all, resumed exactly.
 
-A checkpoint is one file, `checkpoint-<step>.pt`: sizes and settings, the weights, the optimizer. There is no random
-state in it, because there is none to keep: what a step reads and samples is a function of (seed, step, rank) alone.
-That is why an interrupted run, resumed, ends in the same weights as an uninterrupted one, bit by bit.
+A checkpoint is one file, `checkpoint-<step>.pt`: sizes and settings, the weights, the optimizer. There is no
+random state in it, because there is none to keep: what a step reads and samples is a function of (seed, step,
+rank) alone. That is why an interrupted run, resumed, ends in the same weights as an uninterrupted one, bit by
+bit.
 """
 import dataclasses
 import json
@@ -48,7 +49,9 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def latest(folder: Path) -> dict | None:
-    """The newest checkpoint that can be read; None where there is none. A damaged file is said and passed over."""
+    """The newest checkpoint that can be read; None where there is none. A damaged file is said and passed
+    over.
+    """
     for step in reversed(steps_of(folder)):
         path = Path(folder) / f"checkpoint-{step:07d}.pt"
         try:
@@ -79,10 +82,12 @@ def held_out_names(folder: str) -> set[str]:
 
 
 def open_folder(folder: Path, config) -> dict | None:
-    """Decide where this run starts, before anything is written. Returns the checkpoint to go on from, or None.
+    """Decide where this run starts, before anything is written. Returns the checkpoint to go on from, or
+    None.
 
-    resume=auto goes on where there is something to go on from, must insists on it, never wants an empty folder.
-    A folder made with other settings is not touched, unless --overwrite says so: then its files are removed.
+    resume=auto goes on where there is something to go on from, must insists on it, never wants an empty
+    folder. A folder made with other settings is not touched, unless --overwrite says so: then its files are
+    removed.
     """
     state = latest(folder) if not config.overwrite else None
     if config.overwrite:

@@ -31,7 +31,7 @@ class Fault(Exception):
     """Something broke on the way. One sentence on stderr, exit code 1, the last checkpoint is kept."""
 
 
-# ---- command line: the dataclass is the flags --------------------------------------------------------------------
+# ---- command line: the dataclass is the flags --------------------------------------------------------------
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -81,7 +81,7 @@ def _say(message, code: int) -> int:
     return code
 
 
-# ---- the run: where and on what it computes ----------------------------------------------------------------------
+# ---- the run: where and on what it computes ----------------------------------------------------------------
 
 @dataclasses.dataclass
 class Run:
@@ -126,7 +126,9 @@ class Run:
         return {key: value for part in parts for key, value in part.items()}
 
     def micro_batches(self, items: list, size: int) -> list[list]:
-        """This rank's share in micro-batches of at most `size` (0: all at once); equally many on every rank."""
+        """This rank's share in micro-batches of at most `size` (0: all at once); equally many on every
+        rank.
+        """
         n = math.ceil(len(items) / (self.world * size)) if size else 1
         parts = [self.mine(items)[i::n] for i in range(n)]
         if not all(parts):
@@ -153,7 +155,9 @@ class Run:
 
 
 def set_up(config) -> Run:
-    """Check the settings that all stages share, join the other ranks, choose device, threads and number format."""
+    """Check the settings that all stages share, join the other ranks, choose device, threads and number
+    format.
+    """
     apply_tiny(config)
     check(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -210,7 +214,8 @@ def choose_device(name: str) -> torch.device:
 def training_product(dtype: torch.dtype, device) -> float:
     """Seconds of a small layer's products and attention, forward and backward; the best of several.
 
-    Attention belongs in it: on some processors bf16 halves the time of a product and doubles that of attention.
+    Attention belongs in it: on some processors bf16 halves the time of a product and doubles that of
+    attention.
     """
     x = torch.randn(1024, 128, device=device)
     w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((512, 128), (128, 512)))
@@ -228,7 +233,9 @@ def training_product(dtype: torch.dtype, device) -> float:
 
 
 def choose_threads(device, world: int) -> int:
-    """As many threads as this rank has cores, unless one is measured to be as fast: some hosts share their cores."""
+    """As many threads as this rank has cores, unless one is measured to be as fast: some hosts share their
+    cores.
+    """
     n = max(1, (os.cpu_count() or 1) // world)
     if "OMP_NUM_THREADS" in os.environ and world == 1:
         return torch.get_num_threads()
@@ -268,7 +275,9 @@ def processor_name(device) -> str:
 
 
 def learning_rate(step: int, config) -> float:
-    """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down to a tenth of lr at the last step."""
+    """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down to a tenth of lr at the last
+    step.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -288,7 +297,9 @@ def open_run(run: Run, config, tokenizer, held_out_names) -> None:
 
 
 def wrap(model, run: Run, compiled: bool):
-    """The model as the training step calls it: compiled if asked for, and averaging gradients where there are ranks."""
+    """The model as the training step calls it: compiled if asked for, and averaging gradients where there are
+    ranks.
+    """
     wrapped = torch.compile(model) if compiled else model
     if run.world == 1:
         return wrapped
@@ -325,10 +336,12 @@ def due(done: int, every: int, steps: int) -> bool:
     return done == steps or bool(every) and done % every == 0
 
 
-# ---- log ---------------------------------------------------------------------------------------------------------
+# ---- log ---------------------------------------------------------------------------------------------------
 
 class Log:
-    """One line per interval on the screen, the same in metrics.jsonl, and the curves of all columns in curves.png."""
+    """One line per interval on the screen, the same in metrics.jsonl, and the curves of all columns in
+    curves.png.
+    """
 
     def __init__(self, run: Run, start: int):
         self.run, self.path, self.header = run, run.folder / "metrics.jsonl", None

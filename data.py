@@ -2,8 +2,9 @@
 
     text --encode--> tokens --objective--> (source, target) --lay_out--> Batch --masks.of_batch--> model
 
-The default corpus needs no download: it is the documentation strings of the Python installation at hand, read with
-`ast`, nothing imported. Own data (`--data`) is a .txt, a .jsonl, or a .py file or folder, recognised by its keys.
+The default corpus needs no download: it is the documentation strings of the Python installation at hand, read
+with `ast`, nothing imported. Own data (`--data`) is a .txt, a .jsonl, or a .py file or folder, recognised by
+its keys.
 """
 import ast
 import base64
@@ -33,7 +34,7 @@ from common import UserError
 
 CACHE = Path("runs/cache")
 
-# ---- the tokenizer: byte-level BPE, trained here, run by tiktoken -----------------------------------------------
+# ---- the tokenizer: byte-level BPE, trained here, run by tiktoken ------------------------------------------
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ("<pad>", "<bos>", "<end>", *(f"<extra_{i}>" for i in range(100)))     # the extras are T5's sentinels
@@ -42,9 +43,10 @@ SPECIALS = ("<pad>", "<bos>", "<end>", *(f"<extra_{i}>" for i in range(100)))   
 def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
     """Byte-pair encoding (Sennrich et al. 2016, algorithm 1): merge the most frequent pair, again and again.
 
-    Returns token bytes -> rank: the 256 bytes, then one merge after another, until ranks and special tokens together
-    are `vocab`. Ties go to the pair that comes first in byte order, so that the result depends on the counts alone.
-    Pair counts are kept up to date instead of counted anew: a merge touches only the words that hold the pair.
+    Returns token bytes -> rank: the 256 bytes, then one merge after another, until ranks and special tokens
+    together are `vocab`. Ties go to the pair that comes first in byte order, so that the result depends on
+    the counts alone. Pair counts are kept up to date instead of counted anew: a merge touches only the words
+    that hold the pair.
     """
     n_merges = vocab - 256 - len(SPECIALS)
     if n_merges < 0:
@@ -114,7 +116,9 @@ def encode_by_hand(text: str, ranks: dict[bytes, int]) -> list[int]:
 
 
 class Tokenizer:
-    """A tiktoken.Encoding and the ids of the special tokens. Text that looks like a special token is ordinary text."""
+    """A tiktoken.Encoding and the ids of the special tokens. Text that looks like a special token is ordinary
+    text.
+    """
 
     def __init__(self, ranks: dict[bytes, int]):
         self.ranks = ranks
@@ -161,7 +165,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-# ---- the default corpus: docstrings of the installation at hand -------------------------------------------------
+# ---- the default corpus: docstrings of the installation at hand --------------------------------------------
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tqdm", "matplotlib", "pytest", "sympy", "networkx", "mpmath", "fontTools", "PIL",
             "_pytest", "pygments", "fsspec", "mpl_toolkits", "pyparsing", "jinja2", "packaging", "urllib3", "filelock",
@@ -214,7 +218,9 @@ def summary_line(docstring: str) -> str | None:
 
 
 def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
-    """Every docstring of one source file, after the signature it belongs to. A file that does not parse has none."""
+    """Every docstring of one source file, after the signature it belongs to. A file that does not parse has
+    none.
+    """
     path, module = path_and_module
     found = []
     try:
@@ -291,7 +297,8 @@ def corpus_files(tiny: bool) -> list[tuple[str, str]]:
 def scan(files: list[tuple[str, str]]) -> list[Record]:
     """All docstrings of these files, read in parallel, cached by the files' names and sizes.
 
-    The same text counts once, and of several functions with the same summary only the first keeps it as a pair.
+    The same text counts once, and of several functions with the same summary only the first keeps it as a
+    pair.
     """
     size_of = {path: os.path.getsize(path) for path, _ in files}
     key = hashlib.sha256(json.dumps([[m, size_of[p]] for p, m in files]).encode() + Path(__file__).read_bytes())
@@ -315,7 +322,7 @@ def scan(files: list[tuple[str, str]]) -> list[Record]:
     return [Record(**row) for row in records]
 
 
-# ---- own data, recognised by its keys ---------------------------------------------------------------------------
+# ---- own data, recognised by its keys ----------------------------------------------------------------------
 
 ACCEPTED = {("text",): {"text": "text"},
             ("prompt", "chosen", "rejected"): {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
@@ -325,7 +332,9 @@ ACCEPTED = {("text",): {"text": "text"},
 
 
 def load_records(path: str, tiny: bool = False) -> list[Record]:
-    """The records of a file or folder; of the default corpus where no path is given. Faults name file and line."""
+    """The records of a file or folder; of the default corpus where no path is given. Faults name file and
+    line.
+    """
     if not path:
         return scan(corpus_files(tiny))
     place = Path(path)
@@ -373,7 +382,8 @@ def is_held_out(name: str) -> bool:
 
 
 def split(records: list[Record], kept: set[str] = frozenset()) -> tuple[list[Record], list[Record]]:
-    """(training, held out): no name occurs in both. kept: the held-out names that an earlier stage wrote down.
+    """(training, held out): no name occurs in both. kept: the held-out names that an earlier stage wrote
+    down.
 
     Where the rule leaves nothing on one side (a handful of records), the last tenth is held out.
     """
@@ -398,17 +408,19 @@ def names_of(records: list[Record]) -> set[str]:
     return {record.name for record in records}
 
 
-# ---- layout: examples -> Batch ----------------------------------------------------------------------------------
+# ---- layout: examples -> Batch -----------------------------------------------------------------------------
 
 Example = tuple[list[int], list[list[int]]]       # a source and its targets: one, or the candidates of a prompt
 
 
 @dataclass
 class Batch:
-    """Named tensors of packed rows: what the model reads, and where the loss counts. All (B, T), source* (B, S).
+    """Named tensors of packed rows: what the model reads, and where the loss counts. All (B, T), source* (B,
+    S).
 
-    A decoder's row is <bos> source target; an encoder-decoder has <bos> source in `source` and <bos> target here.
-    The whole target is in the row, its last token too (there the reward is read), although nothing follows it.
+    A decoder's row is <bos> source target; an encoder-decoder has <bos> source in `source` and <bos> target
+    here. The whole target is in the row, its last token too (there the reward is read), although nothing
+    follows it.
     """
     tokens: Tensor
     targets: Tensor              # the token after each token: what its logits predict
@@ -433,8 +445,9 @@ class Batch:
 
 
 def loss_weights(batch: Batch, structure: str, source_weight: float) -> Tensor:
-    """(B, T) 1 where a target token is predicted; source_weight where a source token is, which only the causal decoder
-    can be asked to do: the others see the whole source at once."""
+    """(B, T) 1 where a target token is predicted; source_weight where a source token is, which only the
+    causal decoder can be asked to do: the others see the whole source at once.
+    """
     weights = batch.loss_mask.float()
     if source_weight and structure == "causal":
         next_document, next_part = (torch.roll(x, -1, dims=1) for x in (batch.document, batch.part))
@@ -447,8 +460,9 @@ def loss_weights(batch: Batch, structure: str, source_weight: float) -> Tensor:
 def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """Examples -> rows of about row_length tokens and nearly equal length, so that little padding is needed.
 
-    A size has one number for a decoder, two (source, target) for an encoder-decoder. Several numbers of rows are
-    tried, since 64 examples fill 8 rows evenly but not 10; the one that computes the fewest tokens is taken.
+    A size has one number for a decoder, two (source, target) for an encoder-decoder. Several numbers of rows
+    are tried, since 64 examples fill 8 rows evenly but not 10; the one that computes the fewest tokens is
+    taken.
     """
     sizes = np.array(sizes)
     wanted = max(1, round((sizes.sum(0) / row_length).max()))
@@ -469,7 +483,9 @@ def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
 
 
 def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer: Tokenizer) -> Batch:
-    """Pack examples into as few rows as hold them. The targets include their end token, where they have one."""
+    """Pack examples into as few rows as hold them. The targets include their end token, where they have
+    one.
+    """
     encdec = structure == "encdec"
     lengths = [(1 + len(source), sum(map(len, targets)), len(targets)) for source, targets in examples]
     rows = balanced_rows([(s, t + k) if encdec else (s + t,) for s, t, k in lengths], row_length)
@@ -522,7 +538,7 @@ class _Columns:
                 for i, filler in enumerate((pad, 0, -1, 0))]
 
 
-# ---- which examples a step reads: a pure function of (seed, step), so that resuming needs no state ---------------
+# ---- which examples a step reads: a pure function of (seed, step), so that resuming needs no state ---------
 
 @functools.lru_cache(maxsize=4)
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -532,7 +548,8 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 def indices_of_step(sizes: np.ndarray, budget: int, seed: int, step: int) -> tuple[np.ndarray, np.random.Generator]:
     """The items that step `step` reads: `budget` worth of sizes, in an order shuffled anew every epoch.
 
-    An epoch holds whole steps; what is left over at its end sits it out. Also returns the step's own generator.
+    An epoch holds whole steps; what is left over at its end sits it out. Also returns the step's own
+    generator.
     """
     epoch, step_of_epoch = divmod(step, max(1, int(sizes.sum()) // budget))
     order = shuffled(len(sizes), seed, epoch)
@@ -542,7 +559,7 @@ def indices_of_step(sizes: np.ndarray, budget: int, seed: int, step: int) -> tup
     return order[first:max(after, first + 1)], np.random.default_rng((seed, epoch, step))
 
 
-# ---- tokens of a corpus -----------------------------------------------------------------------------------------
+# ---- tokens of a corpus ------------------------------------------------------------------------------------
 
 def texts_of(records: list[Record]) -> list[str]:
     """What pretraining reads: the text, or a pair as one text."""
@@ -603,7 +620,9 @@ class Group:
 
 
 def by_prompt(values_N: Tensor, batch: Batch) -> Tensor:
-    """Values at batch.last, row by row -> (P, K): answer k of prompt p. 0 where a prompt has fewer than K answers."""
+    """Values at batch.last, row by row -> (P, K): answer k of prompt p. 0 where a prompt has fewer than K
+    answers.
+    """
     prompt_N, answer_N = batch.document[batch.last], batch.part[batch.last] - 1
     empty = values_N.new_zeros(int(prompt_N.max()) + 1, int(answer_N.max()) + 1)
     return empty.index_put((prompt_N, answer_N), values_N)
@@ -618,7 +637,9 @@ def show_group(group: Group, tokenizer: Tokenizer) -> str:
 
 
 def preferences(groups: list[Group], tie: float) -> Tensor:
-    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l; a gap below tie is no preference."""
+    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l; a gap below tie is no
+    preference.
+    """
     K = max(len(group.ranking) for group in groups)
     ranking_PK = torch.tensor([group.ranking + [float("nan")] * (K - len(group.ranking)) for group in groups])
     return ranking_PK[:, :, None] - ranking_PK[:, None, :] >= tie          # comparisons with nan are False

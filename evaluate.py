@@ -2,9 +2,10 @@
 
     python evaluate.py            reads runs/pretrain, sft, rm, ppo; writes runs/report.md, report.json, report.png
 
-Rows: the base model, SFT, SFT at a lower temperature (PPO's honest rival), the best of n SFT answers by the reward
-model, PPO, and the human lines. `gold` is the labeller's score, which nothing was trained on; `about` its share of
-the identifier's words; `kl` is log pi(answer) - log pi_SFT(answer), averaged over the model's own answers.
+Rows: the base model, SFT, SFT at a lower temperature (PPO's honest rival), the best of n SFT answers by the
+reward model, PPO, and the human lines. `gold` is the labeller's score, which nothing was trained on; `about`
+its share of the identifier's words; `kl` is log pi(answer) - log pi_SFT(answer), averaged over the model's
+own answers.
 """
 import json
 import math
@@ -88,11 +89,13 @@ def first_line(study: Study, answers: list[list[int]]) -> list[list[int]]:
     return [tokens + [study.tokenizer.end] for tokens in study.tokenizer.encode_all(lines)]
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def read(study: Study, model, answers: list[list[int]]) -> list[tuple[data.Batch, torch.Tensor]]:
-    """The model's outputs on all (prompt, answer): [(batch, logits (N, V) of the answer tokens, or one scalar an answer)]."""
+    """The model's outputs on all (prompt, answer): [(batch, logits (N, V) of the answer tokens, or one scalar
+    an answer)].
+    """
     outputs = []
     for i in range(0, len(answers), 64):
         examples = [(prompt, [answer]) for prompt, answer in zip(study.prompts[i:i + 64], answers[i:i + 64])]
@@ -162,7 +165,9 @@ def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
 
 
 def row_of(study: Study, answers: list[list[int]], greedy: list[list[int]] | None, model, rivals: dict[str, np.ndarray]) -> dict:
-    """One row of the report. model: the one that wrote the answers, None for best-of-n and for the human lines."""
+    """One row of the report. model: the one that wrote the answers, None for best-of-n and for the human
+    lines.
+    """
     golds, lines = golds_of(study, answers), [study.tokenizer.decode(answer) for answer in answers]
     human = [study.tokenizer.decode(answer) for answer in study.human]
     row = {"gold": golds.mean()}
@@ -190,7 +195,7 @@ def row_of(study: Study, answers: list[list[int]], greedy: list[list[int]] | Non
     return {name: round(float(value), 4) for name, value in row.items()}
 
 
-# ---- the report --------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 def last_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -233,11 +238,11 @@ COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "f1_g
 ROWS = ("base", "sft", "sft_cool", "best_of_n", "ppo", "human")
 
 
-def as_table(report: dict) -> str:
+def as_table(report: dict, columns: tuple = COLUMNS) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(("", *COLUMNS)) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    lines = ["| " + " | ".join(("", *columns)) + " |", "|" + "---|" * (len(columns) + 1)]
     for name in ROWS:
-        cells = [f"{report[name][column]:.3f}" if column in report[name] else "" for column in COLUMNS]
+        cells = [f"{report[name][column]:.3f}" if column in report[name] else "" for column in columns]
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines)
 

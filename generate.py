@@ -44,14 +44,18 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
 
 
 def left_padded(rows: list[list[int]], pad: int, device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, P) with every row's end at the right edge, and the number of padding tokens (B,) before it."""
+    """Tokens (B, P) with every row's end at the right edge, and the number of padding tokens (B,) before
+    it.
+    """
     longest = max(map(len, rows))
     tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
     return tokens, torch.tensor([longest - len(row) for row in rows], device=device)
 
 
 class Decoding:
-    """A batch of prompts being continued: read() takes the next tokens in and gives the logits that follow them."""
+    """A batch of prompts being continued: read() takes the next tokens in and gives the logits that follow
+    them.
+    """
 
     def __init__(self, model: LanguageModel, prompts: list[list[int]], max_new: int, tokenizer: Tokenizer):
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
@@ -112,9 +116,11 @@ class Decoding:
 def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              generator: torch.Generator | None = None, batch_size: int = 128) -> list[list[int]]:
-    """Continue every prompt until its end token, at most max_new tokens. Responses hold their end token, if they end.
+    """Continue every prompt until its end token, at most max_new tokens. Responses hold their end token, if
+    they end.
 
-    Prompts of similar length share a batch, so that little is padded. No special token but the end is ever drawn.
+    Prompts of similar length share a batch, so that little is padded. No special token but the end is ever
+    drawn.
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -145,7 +151,9 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
 
 def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
                   temperature: float, seed: int) -> list[list[int]]:
-    """generate() for thousands of prompts, shared between the ranks. The draws do not depend on the number of ranks."""
+    """generate() for thousands of prompts, shared between the ranks. The draws do not depend on the number of
+    ranks.
+    """
     parts = [prompts[i:i + 256] for i in range(0, len(prompts), 256)]
     mine = {}
     for i in run.progress(run.mine(list(range(len(parts)))), "sampling answers"):
@@ -155,7 +163,7 @@ def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]
     return [answer for i in range(len(parts)) for answer in answers[i]]
 
 
-# ---- command line ------------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:

@@ -1,9 +1,10 @@
 """The simulated labeller: the guideline of an editor, as a score. The only file that knows it.
 
 Real labellers rank answers by a written guideline (Ouyang et al. 2022, appendix B.2). Ours ranks one-line
-descriptions of functions by PEP 257 and common sense. The reward model never sees this file, only the rankings; so,
-as in Gao et al. 2022, we can measure what a real project cannot: whether the reward model is right, and when PPO
-begins to exploit it. The weighted mean of the parts, each between 0 and 1, is the gold score.
+descriptions of functions by PEP 257 and common sense. The reward model never sees this file, only the
+rankings; so, as in Gao et al. 2022, we can measure what a real project cannot: whether the reward model is
+right, and when PPO begins to exploit it. The weighted mean of the parts, each between 0 and 1, is the gold
+score.
 """
 import re
 from collections import Counter
@@ -54,7 +55,9 @@ def words_of(line: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """A word without its ending, so that 'converts', 'converted' and 'conversion' meet 'convert' where they can."""
+    """A word without its ending, so that 'converts', 'converted' and 'conversion' meet 'convert' where they
+    can.
+    """
     for ending in ("ations", "ation", "ings", "ing", "ions", "ion", "ers", "ies", "er", "ed", "es", "s", "e", "y"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[:-len(ending)]
@@ -68,7 +71,9 @@ def command(line: str) -> float:
 
 
 def about(prompt: str, line: str) -> float:
-    """Share of the identifier's words, stop words aside, whose stem begins a word of the line: attr, attribute."""
+    """Share of the identifier's words, stop words aside, whose stem begins a word of the line: attr,
+    attribute.
+    """
     name = identifier_words(function_name(prompt))
     stems = {stem(word) for word in name if word not in STOP_WORDS} or {stem(word) for word in name}
     words = words_of(line)
@@ -114,7 +119,9 @@ class Labeller:
         return sum(WEIGHTS[name] * value for name, value in parts.items()) / sum(WEIGHTS.values())
 
     def rank(self, prompt: str, answers: list[str]) -> list[float]:
-        """What a labeller returns for the answers to a prompt: an order, here as the scores that it follows."""
+        """What a labeller returns for the answers to a prompt: an order, here as the scores that it
+        follows.
+        """
         return [self.gold(prompt, answer) for answer in answers]
 
     def prefers(self, gold_a: float, gold_b: float) -> bool:
@@ -123,7 +130,8 @@ class Labeller:
 
 
 def collect_rankings(config, run, tokenizer, records: list[data.Record], sft, labeller: Labeller) -> list[data.Group]:
-    """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft, ranked.
+    """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft,
+    ranked.
 
     Records that bring their own comparison (chosen, rejected) are taken as they are.
     """

@@ -1,15 +1,15 @@
 """Who may attend to whom: the one thing that separates the three structures.
 
 A mask is a predicate `allowed(b, h, q, k)`: may query position q of row b (head h) look at key position k?
-True means allowed, here and in every file; a loss mask is likewise True where the loss counts. Predicates combine
-with `&` and `|` and have FlexAttention's signature, so the same predicate becomes a dense boolean tensor for
-written-out attention, a BlockMask for the fused CUDA kernel, or a picture:
+True means allowed, here and in every file; a loss mask is likewise True where the loss counts. Predicates
+combine with `&` and `|` and have FlexAttention's signature, so the same predicate becomes a dense boolean
+tensor for written-out attention, a BlockMask for the fused CUDA kernel, or a picture:
 
     python masks.py                     the three structures side by side, in ASCII
     python masks.py --picture masks.png
 
-A row of a batch may hold several documents (packing), and a document one source and several targets that do not
-see each other (the candidates of one prompt). Three integers per token say all of it (data.Batch):
+A row of a batch may hold several documents (packing), and a document one source and several targets that do
+not see each other (the candidates of one prompt). Three integers per token say all of it (data.Batch):
 `document` (-1: padding), `part` (0: source, k: the k-th target) and its index in the row.
 """
 import argparse
@@ -38,7 +38,7 @@ class Predicate:
         return Predicate(lambda b, h, q, k: left(b, h, q, k) | right(b, h, q, k))
 
 
-# ---- the predicates ---------------------------------------------------------------------------------------------
+# ---- the predicates ----------------------------------------------------------------------------------------
 
 causal = Predicate(lambda b, h, q, k: q >= k)
 bidirectional = Predicate(lambda b, h, q, k: (q >= 0) & (k >= 0))     # everything, as a tensor
@@ -74,7 +74,7 @@ def sliding_window(width: int) -> Predicate:
     return Predicate(lambda b, h, q, k: (q - k < width) & (k - q < width))
 
 
-# ---- from predicate to tensor -----------------------------------------------------------------------------------
+# ---- from predicate to tensor ------------------------------------------------------------------------------
 
 def dense(predicate: Predicate, B: int, T: int, S: int, device="cpu") -> Tensor:
     """The predicate at every (b, q, k): bool (B, 1, T, S), the same for all heads."""
@@ -93,13 +93,14 @@ def block_mask(predicate: Predicate, B: int, T: int, S: int, device="cpu"):
 def realise(predicate: Predicate, B: int, T: int, S: int, device) -> Any:
     """The form in which model.attention takes a mask on this device, built once per batch for all layers.
 
-    CUDA: a BlockMask for the fused kernel. Elsewhere a dense tensor, since FlexAttention has no backward there.
+    CUDA: a BlockMask for the fused kernel. Elsewhere a dense tensor, since FlexAttention has no backward
+    there.
     """
     build = block_mask if torch.device(device).type == "cuda" else dense
     return build(predicate, B, T, S, device)
 
 
-# ---- the masks of a batch ---------------------------------------------------------------------------------------
+# ---- the masks of a batch ----------------------------------------------------------------------------------
 
 class Masks(NamedTuple):
     """What the model needs for one batch. encoder and cross belong to the encoder-decoder alone."""
@@ -126,8 +127,9 @@ def predicates(structure: str, batch) -> Masks:
 def of_batch(structure: str, batch) -> Masks:
     """The masks of a batch in the form model.attention takes them.
 
-    Rows of one source and one target each, padded on the right, need no tensor under the causal mask: the padding
-    lies after every real query. Then the predicate `causal` itself is returned, and attention takes the fastest route.
+    Rows of one source and one target each, padded on the right, need no tensor under the causal mask: the
+    padding lies after every real query. Then the predicate `causal` itself is returned, and attention takes
+    the fastest route.
     """
     if structure == "causal" and batch.one_per_row:
         return Masks(causal)
@@ -140,7 +142,7 @@ def of_batch(structure: str, batch) -> Masks:
                  realise(allowed.cross, B, T, S, device))
 
 
-# ---- the picture ------------------------------------------------------------------------------------------------
+# ---- the picture -------------------------------------------------------------------------------------------
 
 def textbook(n_source: int = 4, n_target: int = 4) -> dict[str, Tensor]:
     """The three masks of the textbook figure for one pair: name -> bool (positions, positions).

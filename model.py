@@ -1,8 +1,9 @@
 """The networks: a decoder (causal and prefix are one network under two masks) and an encoder-decoder.
 
-Read it from top to bottom: attention written out, the routes that compute the same faster, the parts (RMSNorm,
-rotary positions, grouped-query attention, SwiGLU), the block, the two stacks, and the two heads: next-token logits
-for the language model, one scalar per token for reward and value models. Nothing here knows a loss or an optimizer.
+Read it from top to bottom: attention written out, the routes that compute the same faster, the parts
+(RMSNorm, rotary positions, grouped-query attention, SwiGLU), the block, the two stacks, and the two heads:
+next-token logits for the language model, one scalar per token for reward and value models. Nothing here knows
+a loss or an optimizer.
 
 Letters in names: B batch, T query length, S key length, D width, H heads, G key/value heads, K head width,
 V vocabulary, F feed-forward width. `x_BTD` has shape (B, T, D).
@@ -54,10 +55,12 @@ class ModelConfig:
         return self.width // self.heads
 
 
-# ---- attention: the text, and the routes that compute the same --------------------------------------------------
+# ---- attention: the text, and the routes that compute the same ---------------------------------------------
 
 def written_out_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, allowed_BHTS: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the allowed keys (Vaswani et al. 2017, eq. 1). allowed: bool, may broadcast."""
+    """softmax(q k^T / sqrt(K)) v over the allowed keys (Vaswani et al. 2017, eq. 1). allowed: bool, may
+    broadcast.
+    """
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-2, -1) / math.sqrt(q_BHTK.shape[-1])
     scores_BHTS = scores_BHTS.masked_fill(~allowed_BHTS, float("-inf"))
     weights_BHTS = torch.softmax(scores_BHTS.float(), dim=-1).to(v_BHSK.dtype)
@@ -67,8 +70,9 @@ def written_out_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, allowe
 def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask) -> Tensor:
     """The same by a fused kernel. Returns (B, H, T, K).
 
-    mask: the predicate masks.causal itself (no tensor needed), a bool tensor that broadcasts to (B, H, T, S), or a
-    FlexAttention BlockMask. Each group of H / G query heads shares one key/value head (Ainslie et al. 2023).
+    mask: the predicate masks.causal itself (no tensor needed), a bool tensor that broadcasts to (B, H, T, S),
+    or a FlexAttention BlockMask. Each group of H / G query heads shares one key/value head (Ainslie et al.
+    2023).
     """
     if not isinstance(mask, Tensor) and mask is not masks_module.causal:
         return flex(q_BHTK, k_BGSK, v_BGSK, mask)
@@ -88,7 +92,9 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask) -> Tensor:
 
 
 def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, block_mask) -> Tensor:
-    """FlexAttention: a fused kernel generated for the predicate; uncompiled on a CPU, where it serves the tests."""
+    """FlexAttention: a fused kernel generated for the predicate; uncompiled on a CPU, where it serves the
+    tests.
+    """
     from torch.nn.attention.flex_attention import flex_attention
     kernel = _compiled_flex() if q_BHTK.is_cuda else flex_attention
     return kernel(q_BHTK, k_BGSK, v_BGSK, block_mask=block_mask, enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1])
@@ -102,7 +108,7 @@ def _compiled_flex(compiled: list = []):
     return compiled[0]
 
 
-# ---- the parts --------------------------------------------------------------------------------------------------
+# ---- the parts ---------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, eq. 4): no mean is subtracted, no bias added."""
@@ -116,7 +122,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions_BT: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x theta^(-2i/K) for i < K/2 (Su et al. 2021, eq. 15). Each (B, 1, T, K/2), fp32."""
+    """cos and sin of position x theta^(-2i/K) for i < K/2 (Su et al. 2021, eq. 15). Each (B, 1, T, K/2),
+    fp32.
+    """
     frequency = theta ** (-torch.arange(0, head_width, 2, device=positions_BT.device).float() / head_width)
     angle = positions_BT[:, None, :, None].float() * frequency
     return angle.cos(), angle.sin()
@@ -129,7 +137,9 @@ def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: preallocated (B, G, S, K) per layer, `length` of S filled."""
+    """Keys and values of the tokens read so far: preallocated (B, G, S, K) per layer, `length` of S
+    filled.
+    """
 
     def __init__(self, config: ModelConfig, B: int, S: int, device, dtype=torch.float32):
         shape = (config.layers, B, config.kv_heads, S, config.head_width)
@@ -138,7 +148,9 @@ class KVCache:
         self.cross: list = [None] * config.layers      # keys and values of the encoder's output, computed once
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values; returns those of all tokens so far. The model advances `length`."""
+        """Store the new tokens' keys and values; returns those of all tokens so far. The model advances
+        `length`.
+        """
         end = self.length + k_BGTK.shape[2]
         if end > self.k.shape[3]:
             raise ValueError(f"the cache holds {self.k.shape[3]} tokens; {end} were asked for")
@@ -152,7 +164,9 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values: over the tokens themselves, or across, over the encoder's output."""
+    """Multi-head attention with grouped keys and values: over the tokens themselves, or across, over the
+    encoder's output.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -165,7 +179,9 @@ class Attention(nn.Module):
         return x_BTE.unflatten(-1, (-1, self.K)).transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, mask, angles, cache=None, layer: int = 0) -> Tensor:
-        """Self-attention: queries and keys are rotated by their positions, keys and values go into the cache."""
+        """Self-attention: queries and keys are rotated by their positions, keys and values go into the
+        cache.
+        """
         qk, v = self.heads(self.qkv(x_BTD)).split((self.H + self.G, self.G), dim=1)
         q, k = rotate(qk, *angles).split((self.H, self.G), dim=1)
         if cache:
@@ -200,7 +216,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), [x + cross-attention(norm(x)),] x + feed-forward(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), [x + cross-attention(norm(x)),] x +
+    feed-forward(norm(x)).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False):
         super().__init__()
@@ -238,7 +256,7 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-# ---- the structures ---------------------------------------------------------------------------------------------
+# ---- the structures ----------------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
     """Tokens -> next-token logits. What Decoder and EncoderDecoder share: embedding and unembedding."""
@@ -253,15 +271,17 @@ class LanguageModel(nn.Module):
     def forward(self, batch, masks: Masks, where_BT: Tensor) -> Tensor:
         """Logits (N, V) of the next token, at the N positions where `where` is True, row by row.
 
-        Nothing else of the logits is ever needed, and for short answers to long prompts they are half of the work.
+        Nothing else of the logits is ever needed, and for short answers to long prompts they are half of the
+        work.
         """
         return self.unembedding(self.hidden(batch, masks)[where_BT])
 
     def initialise(self) -> "LanguageModel":
-        """Matrices N(0, 1/fan_in); whatever is added to the residual stream, and the unembedding, start at zero.
+        """Matrices N(0, 1/fan_in); whatever is added to the residual stream, and the unembedding, start at
+        zero.
 
-        Every block is then the identity and the first loss is exactly ln V; embeddings of unit variance let a small
-        model leave the unigram plateau at once. Draws from torch's global generator.
+        Every block is then the identity and the first loss is exactly ln V; embeddings of unit variance let a
+        small model leave the unigram plateau at once. Draws from torch's global generator.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "unembedding.weight")):
@@ -285,7 +305,9 @@ class Decoder(LanguageModel):
 
 
 class EncoderDecoder(LanguageModel):
-    """The source is read by a bidirectional encoder; the target's causal decoder looks at it by cross-attention."""
+    """The source is read by a bidirectional encoder; the target's causal decoder looks at it by
+    cross-attention.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -310,10 +332,12 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 class ScalarModel(nn.Module):
-    """One scalar per token: the reward model (read at the last token) and the value model (read at every token).
+    """One scalar per token: the reward model (read at the last token) and the value model (read at every
+    token).
 
-    The unembedding is replaced by a vector, drawn near zero as in Stiennon et al. 2020 (appendix B.1). `mean` and
-    `std` make the output comparable: the score is (raw - mean) / std, set once after the reward model is trained.
+    The unembedding is replaced by a vector, drawn near zero as in Stiennon et al. 2020 (appendix B.1). `mean`
+    and `std` make the output comparable: the score is (raw - mean) / std, set once after the reward model is
+    trained.
     """
 
     def __init__(self, trunk: LanguageModel):

@@ -51,7 +51,9 @@ def test_incremental_counts_give_the_plain_algorithms_merges():
 
 @pytest.mark.parametrize("text", TEXTS + ["", " ", "\n\n", "日本語 text", "a" * 300])
 def test_tiktoken_encodes_as_by_hand_and_decodes_back(text):
-    """tiktoken with our ranks = the hand-written encoder; decoding gives the text back, whatever it looks like."""
+    """tiktoken with our ranks = the hand-written encoder; decoding gives the text back, whatever it looks
+    like.
+    """
     tokenizer = data.Tokenizer(data.train_bpe(TEXTS, 256 + len(data.SPECIALS) + 40))
     tokens = tokenizer.encode(text)
     assert tokens == data.encode_by_hand(text, tokenizer.ranks)
@@ -60,17 +62,21 @@ def test_tiktoken_encodes_as_by_hand_and_decodes_back(text):
 
 
 def test_tokenizer_file_round_trip(tokenizer, tmp_path):
-    """Saved and loaded, a tokenizer has the same ranks and special tokens; pad, bos and end are three tokens."""
+    """Saved and loaded, a tokenizer has the same ranks and special tokens; pad, bos and end are three
+    tokens.
+    """
     tokenizer.save(tmp_path / "t.tiktoken")
     loaded = data.Tokenizer.load(tmp_path / "t.tiktoken")
     assert loaded.ranks == tokenizer.ranks and loaded.sentinels == tokenizer.sentinels
     assert len({loaded.pad, loaded.bos, loaded.end}) == 3 and isinstance(loaded.encoding, tiktoken.Encoding)
 
 
-# ---- corpus ------------------------------------------------------------------------------------------------------
+# ---- corpus ------------------------------------------------------------------------------------------------
 
 def test_docstrings_are_found_with_their_signatures(tmp_path):
-    """Functions, methods and classes come with signature, words and summary; what does not parse is passed over."""
+    """Functions, methods and classes come with signature, words and summary; what does not parse is passed
+    over.
+    """
     (tmp_path / "a.py").write_text('"""Module text here."""\nclass Box(Base):\n    """Hold things in a box."""\n'
                                    '    def get_item(self, key: int, *rest, flag=True, **options) -> int:\n'
                                    '        """Return the item of this key.\n\n        More."""\n'
@@ -112,7 +118,7 @@ def test_split_is_by_name_and_keeps_what_was_held_out():
     assert kept <= data.names_of(data.split(records, kept)[1])
 
 
-# ---- layout ------------------------------------------------------------------------------------------------------
+# ---- layout ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("structure", ["causal", "prefix", "encdec"])
 def test_every_example_can_be_read_back_from_the_batch(structure, tokenizer):
@@ -156,7 +162,9 @@ def test_rows_are_about_as_long_as_asked_for():
 
 
 def test_source_weights_count_source_tokens_of_the_causal_decoder_alone(tokenizer):
-    """Every source token that follows another one has the weight; targets have 1; prefix and encdec ignore it."""
+    """Every source token that follows another one has the weight; targets have 1; prefix and encdec ignore
+    it.
+    """
     examples = random_examples([(3, [2]), (0, [4])])
     for structure, expected in (("causal", 6 + 3 * 0.5), ("prefix", 6), ("encdec", 6)):
         batch = data.lay_out(examples, structure, 64, tokenizer)
@@ -181,7 +189,7 @@ def test_preferences_drop_ties_and_absent_answers():
     assert {tuple(index) for index in preference.nonzero().tolist()} == expected
 
 
-# ---- the labeller ------------------------------------------------------------------------------------------------
+# ---- the labeller ------------------------------------------------------------------------------------------
 
 def test_every_part_of_the_guideline():
     """Each part of the gold score on lines where it is plain what it should be."""

@@ -1,7 +1,10 @@
-"""Prose and structure: what the README says runs, the scripts are siblings, every flag is read, files stay readable."""
+"""Prose and structure: what the README says runs, the scripts are siblings, every flag is read, files stay
+readable.
+"""
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -59,6 +62,16 @@ def test_the_readmes_commands_exist():
         if script in modules:
             names = {field.name for field in dataclasses.fields(modules[script].Config)}
             assert set(re.findall(r"--(\w+)", flags)) <= names | {"help"}, (script, flags)
+
+
+def test_the_readmes_results_are_the_records():
+    """The README's table and figures are those of the recorded run."""
+    text, report = (ROOT / "README.md").read_text(), json.loads((ROOT / "records" / "report.json").read_text())
+    shown = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "win_human", "kl", "entropy", "loss", "length")
+    assert evaluate.as_table(report, shown) in text
+    assert f"{report['base']['bits_per_byte']:.3f} bits per byte" in text
+    assert f"{report['reward_model']['accuracy']:.1%}".replace("%", " %") in text
+    assert report["processor"] in text and report["versions"]["torch"] in text
 
 
 def test_imports_point_one_way():

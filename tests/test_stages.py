@@ -121,7 +121,7 @@ def test_generate_answers_from_a_run(flow, capsys):
     assert len(answers) == 3 and capsys.readouterr().out.count("\n") >= 3
 
 
-# ---- ranks -------------------------------------------------------------------------------------------------------
+# ---- ranks -------------------------------------------------------------------------------------------------
 
 DRIVER = """
 import sys
@@ -165,7 +165,7 @@ def test_two_ranks_equal_one(package, tmp_path):
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 def fails(monkeypatch, capsys, module, *flags: str) -> str:
     """Run a script with these flags; it must exit with 2 and one sentence on stderr, which is returned."""
@@ -236,7 +236,9 @@ def test_a_stage_names_the_one_it_needs(monkeypatch, capsys, tmp_path, module, n
 
 
 def test_prompts_without_room_are_dropped_or_refused(monkeypatch, capsys, tmp_path, flow):
-    """Prompts that leave no room for an answer are dropped and counted; if that is all of them, the run is refused."""
+    """Prompts that leave no room for an answer are dropped and counted; if that is all of them, the run is
+    refused.
+    """
     runs, _, _ = flow
     long_prompt = json.dumps({"prompt": "word " * 500})
     (tmp_path / "p.jsonl").write_text(f"{long_prompt}\n" * 3)
@@ -255,7 +257,9 @@ def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch, package, tmp_path):
-    """NaN: the run ends with a fault before the optimizer step, and the last good checkpoint is still there."""
+    """NaN: the run ends with a fault before the optimizer step, and the last good checkpoint is still
+    there.
+    """
     main, config = stage_configs("causal", package, tmp_path)[0]
     real, calls = train_pretrain.objectives.language_model_loss, []
 
