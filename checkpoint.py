@@ -19,7 +19,9 @@ from common import Run, UserError
 from data import Tokenizer
 from model import LanguageModel, ModelConfig, ScalarModel, build
 
-FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "compile", "eval_every", "save_every", "keep"}
+# settings in which a run may be gone on with; all others must be as they were
+FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "compile", "eval_every", "eval_size",
+        "save_every", "keep"}
 
 
 def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -> None:
@@ -31,7 +33,8 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
         return
     path = run.folder / f"checkpoint-{step:07d}.pt"
     temporary = path.with_suffix(".tmp")
-    state = {"step": step, "config": dataclasses.asdict(config), "model_config": dataclasses.asdict(model_config),
+    state = {"step": step, "config": dataclasses.asdict(config),
+             "model_config": dataclasses.asdict(model_config),
              **{name: part.state_dict() for name, part in parts.items()}}
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -44,7 +47,8 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
 
 def steps_of(folder: Path) -> list[int]:
     """The steps of the checkpoints in a run folder, oldest first."""
-    names = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in Path(folder).glob("checkpoint-*.pt"))
+    paths = Path(folder).glob("checkpoint-*.pt")
+    names = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in paths)
     return sorted(int(name.group(1)) for name in names if name)
 
 

@@ -48,13 +48,15 @@ def parse(config_class, argv: list[str], description: str):
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true", default=field.default, help=help_text)
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=help_text, metavar="")
+            parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=help_text,
+                                metavar="")
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
         near = difflib.get_close_matches(flag, flags, n=1)
-        raise UserError(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags"))
+        hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+        raise UserError(f"unknown flag {flag}; {hint}")
     return config_class(**vars(known))
 
 
@@ -69,6 +71,8 @@ def run_main(main, config_class, description: str) -> None:
         sys.exit(_say(error, 2))
     except Fault as error:
         sys.exit(_say(error, 1))
+    except BrokenPipeError:                  # whoever read our output has seen enough
+        sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT))
     finally:
@@ -144,12 +148,14 @@ class Run:
         return tqdm(items, desc=description, leave=False, disable=True if self.rank else None)
 
     def print_example(self, text: str) -> None:
-        self.print("One example; [[ ]] marks the tokens whose prediction is counted:\n  " + text.replace("\n", "\n  "))
+        indented = text.replace("\n", "\n  ")
+        self.print(f"One example; [[ ]] marks the tokens whose prediction is counted:\n  {indented}")
 
     def write_samples(self, rows: list[tuple[str, str, str]]) -> None:
         """samples.txt: prompt, what a human wrote, what the model wrote; two of them on the screen."""
         if self.rank == 0:
-            texts = [f"--- prompt\n{prompt}\n--- human\n{human}\n--- model\n{model}\n" for prompt, human, model in rows]
+            texts = [f"--- prompt\n{prompt}\n--- human\n{human}\n--- model\n{model}\n"
+                     for prompt, human, model in rows]
             (self.folder / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
             self.print("\n".join(texts[:2]))
 
@@ -173,7 +179,8 @@ def set_up(config) -> Run:
     threads = choose_threads(device, world)
     run.dtype, why = choose_dtype(config.dtype, device)
     torch.manual_seed(config.seed)                  # after the timing above, which draws numbers of its own
-    run.print(f"{processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} thread(s), {why}")
+    run.print(f"{processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} thread(s), "
+              f"{why}")
     return run
 
 
@@ -218,15 +225,18 @@ def training_product(dtype: torch.dtype, device) -> float:
     attention.
     """
     x = torch.randn(1024, 128, device=device)
-    w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((512, 128), (128, 512)))
+    w_in = torch.randn(512, 128, device=device, requires_grad=True)
+    w_out = torch.randn(128, 512, device=device, requires_grad=True)
+    kind, lower = torch.device(device).type, dtype != torch.float32
     seconds = []
     for _ in range(12):
         start = time.perf_counter()
-        with torch.autocast(torch.device(device).type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+        with torch.autocast(kind, dtype) if lower else contextlib.nullcontext():
             h = F.linear(F.silu(F.linear(x, w_in)), w_out)
             heads = h.view(4, 256, 4, 32).transpose(1, 2)
-            F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).float().square().mean().backward()
-        if torch.device(device).type == "cuda":
+            attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        attended.float().square().mean().backward()
+        if kind == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
@@ -251,7 +261,7 @@ def choose_threads(device, world: int) -> int:
 
 def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
     """bf16 where it is measured to be faster. Returns the dtype and the reason, in words."""
-    names = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if name in names:
         return names[name], f"{name} as asked"
     if name != "auto":
@@ -303,7 +313,8 @@ def wrap(model, run: Run, compiled: bool):
     wrapped = torch.compile(model) if compiled else model
     if run.world == 1:
         return wrapped
-    return DistributedDataParallel(wrapped, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    device_ids = [run.device.index] if run.device.type == "cuda" else None
+    return DistributedDataParallel(wrapped, device_ids=device_ids)
 
 
 def unwrap(model):

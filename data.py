@@ -37,7 +37,7 @@ CACHE = Path("runs/cache")
 # ---- the tokenizer: byte-level BPE, trained here, run by tiktoken ------------------------------------------
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPECIALS = ("<pad>", "<bos>", "<end>", *(f"<extra_{i}>" for i in range(100)))     # the extras are T5's sentinels
+SPECIALS = ("<pad>", "<bos>", "<end>", *(f"<extra_{i}>" for i in range(100)))    # the extras: T5's sentinels
 
 
 def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
@@ -50,7 +50,7 @@ def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
     """
     n_merges = vocab - 256 - len(SPECIALS)
     if n_merges < 0:
-        raise UserError(f"vocab {vocab} is too small: 256 bytes and {len(SPECIALS)} special tokens come first")
+        raise UserError(f"vocab {vocab} is too small: 256 bytes and {len(SPECIALS)} special tokens are in it")
     words = Counter()
     for text in texts:
         words.update(regex.findall(PATTERN, text))
@@ -123,7 +123,8 @@ class Tokenizer:
     def __init__(self, ranks: dict[bytes, int]):
         self.ranks = ranks
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-        self.encoding = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        self.encoding = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks,
+                                          special_tokens=specials)
         self.vocab = len(ranks) + len(SPECIALS)
         self.pad, self.bos, self.end = (specials[name] for name in SPECIALS[:3])
         self.sentinels = [specials[name] for name in SPECIALS[3:]]
@@ -167,9 +168,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 # ---- the default corpus: docstrings of the installation at hand --------------------------------------------
 
-PACKAGES = ("torch", "numpy", "tiktoken", "tqdm", "matplotlib", "pytest", "sympy", "networkx", "mpmath", "fontTools", "PIL",
-            "_pytest", "pygments", "fsspec", "mpl_toolkits", "pyparsing", "jinja2", "packaging", "urllib3", "filelock",
-            "dateutil", "requests", "typing_extensions", "contourpy", "cycler", "kiwisolver", "idna", "pluggy")
+PACKAGES = ("torch", "numpy", "tiktoken", "tqdm", "matplotlib", "pytest", "sympy", "networkx", "mpmath",
+            "fontTools", "PIL", "_pytest", "pygments", "fsspec", "mpl_toolkits", "pyparsing", "jinja2",
+            "packaging", "urllib3", "filelock", "dateutil", "requests", "typing_extensions", "contourpy",
+            "cycler", "kiwisolver", "idna", "pluggy")
 TINY_MODULES = ("argparse", "collections", "email", "json", "logging", "random", "statistics", "urllib")
 SKIPPED = {"__pycache__", "site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor"}
 
@@ -212,9 +214,8 @@ def summary_line(docstring: str) -> str | None:
     paragraph = re.sub(r":[\w:+-]+:`~?([^`<]+?)(?: <[^>]*>)?`", r"`\1`", paragraph).replace("``", "`")
     sentence = re.match(r".*?[.!?](?=\s+[A-Z`]|$)", paragraph)
     line = sentence.group(0) if sentence else paragraph
-    if not 3 <= len(line.split()) <= 20 or not line.isascii() or not line[0].isalpha() or ">>>" in line or "::" in line:
-        return None
-    return line
+    is_prose = line.isascii() and line[:1].isalpha() and ">>>" not in line and "::" not in line
+    return line if is_prose and 3 <= len(line.split()) <= 20 else None
 
 
 def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
@@ -233,7 +234,8 @@ def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
     def visit(node, owner: str):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef):
-                add(child, child.name, f"class {child.name}({', '.join(ast.unparse(base) for base in child.bases)}):")
+                bases = ", ".join(ast.unparse(base) for base in child.bases)
+                add(child, child.name, f"class {child.name}({bases}):")
                 visit(child, f"{child.name}.")
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 add(child, child.name, f"def {owner}{child.name}({argument_names(child.args)}):")
@@ -301,14 +303,15 @@ def scan(files: list[tuple[str, str]]) -> list[Record]:
     pair.
     """
     size_of = {path: os.path.getsize(path) for path, _ in files}
-    key = hashlib.sha256(json.dumps([[m, size_of[p]] for p, m in files]).encode() + Path(__file__).read_bytes())
+    inventory = json.dumps([[module, size_of[path]] for path, module in files])
+    key = hashlib.sha256(inventory.encode() + Path(__file__).read_bytes())
     cached = CACHE / f"docstrings-{key.hexdigest()[:16]}.jsonl"
     if cached.exists():
         return [Record(**json.loads(line)) for line in cached.read_text(encoding="utf-8").splitlines()]
     with ProcessPoolExecutor(os.cpu_count() if len(files) > 500 else 1) as pool:
         results = pool.map(scan_file, files, chunksize=16)
-        found = [row for rows in tqdm(results, total=len(files), desc="corpus: reading docstrings", leave=False, disable=None)
-                 for row in rows]
+        results = tqdm(results, total=len(files), desc="reading docstrings", leave=False, disable=None)
+        found = [row for rows in results for row in rows]
     texts, summaries, records = set(), set(), []
     for row in found:
         if row["text"] in texts:
@@ -325,7 +328,7 @@ def scan(files: list[tuple[str, str]]) -> list[Record]:
 # ---- own data, recognised by its keys ----------------------------------------------------------------------
 
 ACCEPTED = {("text",): {"text": "text"},
-            ("prompt", "chosen", "rejected"): {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+            ("prompt", "chosen", "rejected"): {name: name for name in ("prompt", "chosen", "rejected")},
             ("prompt", "response"): {"prompt": "prompt", "response": "response"},
             ("prompt", "completion"): {"prompt": "prompt", "completion": "response"},
             ("prompt",): {"prompt": "prompt"}}
@@ -346,11 +349,23 @@ def load_records(path: str, tiny: bool = False) -> list[Record]:
         try:
             content = place.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"--data {path}: byte {error.start} is not UTF-8; convert the file first") from None
-        records = read_jsonl(path, content) if place.suffix == ".jsonl" else [Record(path, text=content)] * bool(content.strip())
+            raise UserError(f"--data {path}: byte {error.start} is not UTF-8; convert the file") from None
+        records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
     if not records:
         raise UserError(f"--data {path}: it is empty")
     return records
+
+
+def read_text(path: str, content: str) -> list[Record]:
+    """A plain text as documents: cut at blank lines into parts of a few thousand characters."""
+    parts, size = [[]], 0
+    for paragraph in re.split(r"\n\s*\n", content):
+        if size + len(paragraph) > 4000 and parts[-1]:
+            parts, size = parts + [[]], 0
+        parts[-1].append(paragraph)
+        size += len(paragraph)
+    texts = ["\n\n".join(part) for part in parts]
+    return [Record(f"{path}:{i}", text=text) for i, text in enumerate(texts) if text.strip()]
 
 
 def read_jsonl(path: str, content: str) -> list[Record]:
@@ -410,7 +425,7 @@ def names_of(records: list[Record]) -> set[str]:
 
 # ---- layout: examples -> Batch -----------------------------------------------------------------------------
 
-Example = tuple[list[int], list[list[int]]]       # a source and its targets: one, or the candidates of a prompt
+Example = tuple[list[int], list[list[int]]]       # a source and its targets: one, or the answers to a prompt
 
 
 @dataclass
@@ -436,7 +451,8 @@ class Batch:
 
     def to(self, device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in moved.items()})
+        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+                        for name, x in moved.items()})
 
     def padding(self) -> tuple[int, int]:
         """(padding tokens, all tokens) of the rows that the model computes."""
@@ -501,9 +517,10 @@ def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer:
                     decoder.add(b, target, start=1 + len(source), document=i, part=k)
     tokens, positions, document, part = decoder.tensors(tokenizer.pad)
     following, next_document, next_part = (torch.roll(x, -1, dims=1) for x in (tokens, document, part))
-    follows = (document >= 0) & (next_document == document) & (torch.arange(tokens.shape[1]) < tokens.shape[1] - 1)
+    follows = (document >= 0) & (next_document == document)
+    follows[:, -1] = False
     last = (document >= 0) & (part > 0) & ~(follows & (next_part == part))
-    # subtle: a source is followed by its first target alone, so a loss over tokens wants one target per example
+    # subtle: a source is followed by its first target alone: a loss over tokens wants one target per example
     counted = follows & (next_part > 0) & ((next_part == part) | (part == 0))
     extra = encoder.tensors(tokenizer.pad)[:3] if encdec else (None, None, None)
     one_per_row = all(len(row) == 1 for row in rows) and all(k == 1 for _, _, k in lengths)
@@ -545,7 +562,8 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def indices_of_step(sizes: np.ndarray, budget: int, seed: int, step: int) -> tuple[np.ndarray, np.random.Generator]:
+def indices_of_step(sizes: np.ndarray, budget: int, seed: int,
+                    step: int) -> tuple[np.ndarray, np.random.Generator]:
     """The items that step `step` reads: `budget` worth of sizes, in an order shuffled anew every epoch.
 
     An epoch holds whole steps; what is left over at its end sits it out. Also returns the step's own
@@ -569,7 +587,7 @@ def texts_of(records: list[Record]) -> list[str]:
 def tokenizer_for(records: list[Record], vocab: int) -> Tokenizer:
     """A tokenizer trained on these texts, cached by their content."""
     texts = texts_of(records)
-    key = hashlib.sha256("\0".join(texts).encode() + f"{vocab} {PATTERN} {SPECIALS}".encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, str(vocab), PATTERN, *SPECIALS]).encode()).hexdigest()[:16]
     cached = CACHE / f"bpe-{key}.tiktoken"
     if not cached.exists():
         Tokenizer(train_bpe(texts, vocab)).save(cached)
@@ -598,9 +616,10 @@ def token_rows(tokenizer: Tokenizer, records: list[Record], names: tuple, contex
 def require(examples: list[list], at_least: int, wanted: str, config) -> None:
     """Both sets must hold something, and the training set one step's worth."""
     if len(examples[0]) < at_least or not examples[1]:
-        raise UserError(f"{config.data or 'the default corpus'} gives {len(examples[0]):,} training and {len(examples[1]):,} "
-                        f"held-out sequences of at most {config.context} tokens; wanted are {wanted}, {at_least:,} for a step: "
-                        "bring more data, raise the context, or lower batch_size")
+        raise UserError(f"{config.data or 'the default corpus'} gives {len(examples[0]):,} training and "
+                        f"{len(examples[1]):,} held-out sequences of at most {config.context} tokens; wanted "
+                        f"are {wanted}, {at_least:,} for a step: bring more data, raise context, or lower "
+                        "batch_size")
 
 
 def require_tokens(pieces: list[list[int]], at_least: int, config) -> None:

@@ -1,6 +1,6 @@
 """The report: what each stage changed, on functions whose names no stage has seen.
 
-    python evaluate.py            reads runs/pretrain, sft, rm, ppo; writes runs/report.md, report.json, report.png
+    python evaluate.py      reads runs/pretrain, sft, rm, ppo; writes runs/report.md, report.json, report.png
 
 Rows: the base model, SFT, SFT at a lower temperature (PPO's honest rival), the best of n SFT answers by the
 reward model, PPO, and the human lines. `gold` is the labeller's score, which nothing was trained on; `about`
@@ -62,20 +62,21 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     folder, device = Path(config.runs), common.choose_device(config.device)
     models = {}
     for stage in ("pretrain", "sft", "rm", "ppo"):
-        models[stage], tokenizer = checkpoint.load_model(str(folder / stage),
-                                                         first=f"python train_{stage}.py" + " --tiny" * config.tiny)
+        needed = f"python train_{stage}.py" + " --tiny" * config.tiny
+        models[stage], tokenizer = checkpoint.load_model(str(folder / stage), first=needed)
         models[stage].to(device).eval()
     kept = checkpoint.held_out_names(str(folder / "ppo"))
     records = data.load_records(config.data, config.tiny)
     train, held_out = data.split(records, kept)
     rows = data.token_rows(tokenizer, [r for r in held_out if r.response], ("prompt", "response"), 128)
     if not rows:
-        raise UserError(f"--data {config.data}: the report wants held-out prompts with human answers (prompt + response)")
+        raise UserError(f"--data {config.data}: the report wants held-out pairs (prompt + response)")
     order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
     prompts, human = zip(*((rows[i][0], rows[i][1][0]) for i in order))
     texts = [tokenizer.decode(prompt) for prompt in prompts]
-    return Study(tokenizer, list(prompts), list(human), texts, Labeller(data.texts_of(train)), models["sft"], models["rm"],
-                 device, config), models
+    labeller = Labeller(data.texts_of([record for record in train if record.text or record.response]))
+    return Study(tokenizer, list(prompts), list(human), texts, labeller, models["sft"], models["rm"], device,
+                 config), models
 
 
 def answers_of(study: Study, model, temperature: float, prompts: list | None = None) -> list[list[int]]:
@@ -111,7 +112,8 @@ def logprobs_of(study: Study, model, answers: list[list[int]]) -> tuple[np.ndarr
     for batch, logits_NV in read(study, model, answers):
         logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
         document_N = batch.document[batch.loss_mask]
-        sums.append(torch.zeros(int(document_N.max()) + 1, device=study.device).index_add(0, document_N, logprobs_N))
+        zeros = torch.zeros(int(document_N.max()) + 1, device=study.device)
+        sums.append(zeros.index_add(0, document_N, logprobs_N))
         entropies.append(objectives.entropy(logits_NV))
     return torch.cat(sums).cpu().numpy(), float(torch.cat(entropies).mean())
 
@@ -164,7 +166,7 @@ def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
     return float(np.mean(wins))
 
 
-def row_of(study: Study, answers: list[list[int]], greedy: list[list[int]] | None, model, rivals: dict[str, np.ndarray]) -> dict:
+def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray]) -> dict:
     """One row of the report. model: the one that wrote the answers, None for best-of-n and for the human
     lines.
     """
@@ -178,7 +180,8 @@ def row_of(study: Study, answers: list[list[int]], greedy: list[list[int]] | Non
     shown = greedy if greedy else answers
     row["about_greedy"] = np.mean([labeller_file.about(prompt, study.tokenizer.decode(answer))
                                    for prompt, answer in zip(study.texts, shown)])
-    row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line) for answer, line in zip(shown, human)])
+    row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line)
+                                for answer, line in zip(shown, human)])
     row["reward"] = rewards_of(study, answers).mean()
     row["win_human"] = win_rate(study, golds, rivals["human"])
     row["win_sft"] = win_rate(study, golds, rivals["sft"])
@@ -212,10 +215,12 @@ def build_report(config: Config) -> tuple[dict, str]:
               "ppo": answers_of(study, ppo, 0.0)}
     rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
     authors = {"base": base, "sft": sft, "sft_cool": sft, "ppo": ppo}
-    report = {name: row_of(study, answers, greedy.get(name), authors.get(name), rivals) for name, answers in written.items()}
+    report = {name: row_of(study, answers, greedy.get(name), authors.get(name), rivals)
+              for name, answers in written.items()}
     folder = Path(config.runs)
     report["base"]["bits_per_byte"] = round(last_metrics(folder / "pretrain")["bits_per_byte"], 4)
-    report["reward_model"] = {name: round(value, 4) for name, value in last_metrics(folder / "rm").items() if "accuracy" in name}
+    report["reward_model"] = {name: round(value, 4) for name, value in last_metrics(folder / "rm").items()
+                              if "accuracy" in name}
     report["seconds"] = {stage: last_metrics(folder / stage)["seconds"] for stage in models}
     report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     report["processor"] = common.processor_name(study.device)
@@ -233,8 +238,8 @@ def examples(study: Study, answers: dict[str, list]) -> str:
     return "\n\n".join(blocks)
 
 
-COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "f1_greedy", "win_human", "win_sft", "reward", "kl",
-           "entropy", "loss", "distinct_2", "length", "ended")
+COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "f1_greedy", "win_human",
+           "win_sft", "reward", "kl", "entropy", "loss", "distinct_2", "length", "ended")
 ROWS = ("base", "sft", "sft_cool", "best_of_n", "ppo", "human")
 
 
@@ -281,11 +286,13 @@ def main(config: Config) -> dict:
     report, shown = build_report(config)
     folder = Path(config.runs)
     table = as_table(report)
-    accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["reward_model"].items())
+    accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
+                         for name, value in report["reward_model"].items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in report["seconds"].items())
     text = (f"# What each stage changed\n\n{report['prompts']} held-out functions; {report['processor']}, "
-            f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\nBase model: {report['base']['bits_per_byte']:.3f} "
-            f"bits per byte of held-out text. Reward model: {accuracy}.\n\n![report](report.png)\n\n"
+            f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\n"
+            f"Base model: {report['base']['bits_per_byte']:.3f} bits per byte of held-out text. "
+            f"Reward model: {accuracy}.\n\n![report](report.png)\n\n"
             f"## Ten of them, with the labeller's score\n\n{shown}\n")
     draw(report, folder / "report.png")
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())

@@ -34,13 +34,14 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
     if top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-        before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)     # probability of what is likelier
+        before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)   # probability of likelier ones
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
         logits_BV = logits_BV.masked_fill(dropped_BV, float("-inf"))
     # the inverse of the cumulative distribution: several times faster on a CPU than torch.multinomial
     cumulative_BV = logits_BV.softmax(-1).double().cumsum(-1)
-    drawn_B1 = torch.rand(len(logits_BV), 1, generator=generator, device=logits_BV.device, dtype=torch.float64)
-    return torch.searchsorted(cumulative_BV, drawn_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
+    total_B1 = cumulative_BV[:, -1:]
+    drawn_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device, dtype=total_B1.dtype)
+    return torch.searchsorted(cumulative_BV, drawn_B1 * total_B1, right=True).squeeze(1)
 
 
 def left_padded(rows: list[list[int]], pad: int, device) -> tuple[Tensor, Tensor]:
@@ -80,8 +81,9 @@ class Decoding:
         document, positions = self.documents()
         B, S = self.tokens.shape
         within = masks.same_document(document, document)
-        self.memory = self.model.encode(self.tokens, positions, masks.dense(within, B, S, S, self.tokens.device))
-        self.cross = masks.dense(masks.padding(document), B, 1, S, self.tokens.device)
+        device = self.tokens.device
+        self.memory = self.model.encode(self.tokens, positions, masks.dense(within, B, S, S, device))
+        self.cross = masks.dense(masks.padding(document), B, 1, S, device)
 
     def read_prompt(self) -> Tensor:
         """Logits (B, V) after the prompt."""
@@ -130,7 +132,7 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
         decoding = Decoding(model, [prompts[i] for i in chosen], max_new, tokenizer)
         logits_BV = decoding.read_prompt()
         drawn = torch.full((len(chosen), max_new), tokenizer.end, device=logits_BV.device)
-        alive = torch.arange(len(chosen), device=logits_BV.device)          # the rows that are still being computed
+        alive = torch.arange(len(chosen), device=logits_BV.device)        # the rows that are still computed
         ended = torch.zeros_like(alive, dtype=torch.bool)
         for step in range(max_new):
             logits_BV[:, never] = float("-inf")
@@ -149,8 +151,8 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     return responses
 
 
-def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
-                  temperature: float, seed: int) -> list[list[int]]:
+def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,
+                  max_new: int, temperature: float, seed: int) -> list[list[int]]:
     """generate() for thousands of prompts, shared between the ranks. The draws do not depend on the number of
     ranks.
     """
@@ -168,13 +170,13 @@ def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]
 @dataclass
 class Config:
     run: str = "runs/ppo"               # run folder of the model: runs/pretrain, runs/sft, runs/ppo
-    prompt: str = ""                    # one prompt; a function signature is completed to the form that was trained
+    prompt: str = ""                    # one prompt; a function signature gets its line of words
     prompts: str = ""                   # a file with one prompt a line
     samples: int = 1                    # answers to every prompt
     max_new: int = 64                   # tokens of an answer at most
     temperature: float = 1.0            # 0 takes the most likely token
     top_k: int = 0                      # draw from the k most likely tokens, 0: from all
-    top_p: float = 1.0                  # draw from the most likely tokens that together reach this probability
+    top_p: float = 1.0                  # draw from the likeliest tokens that together reach this
     seed: int = 1                       # decides the draws
     device: str = "auto"                # auto, cpu, cuda, mps
 
@@ -186,8 +188,10 @@ def as_trained(prompt: str) -> str:
 
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0 or config.max_new < 1 or config.samples < 1:
-        raise UserError("temperature and top_k must not be negative, top_p lies in (0, 1], max_new and samples are at least 1")
+    if config.temperature < 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
+        raise UserError("temperature and top_k must not be negative, and top_p lies above 0 and up to 1")
+    if config.max_new < 1 or config.samples < 1:
+        raise UserError("max_new and samples must be at least 1")
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = common.choose_device(config.device)
@@ -209,7 +213,8 @@ def main(config: Config) -> list[str]:
     if config.prompt:
         return answer([config.prompt])
     if config.prompts:
-        return answer([line for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()])
+        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        return answer([line for line in lines if line.strip()])
     print("A prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
     return [text for line in iter(lambda: sys.stdin.readline().strip(), "") for text in answer([line])]
 

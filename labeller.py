@@ -17,36 +17,43 @@ WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no
 TIE = 0.08                    # a smaller gap between two gold scores is no preference
 
 VERBS = set("""
-abort accept access accumulate acquire activate adapt add adjust advance align allocate allow analyze animate annotate
-append apply approximate arrange assemble assert assign associate attach attempt authenticate backtrack begin bind block
-blend bootstrap broadcast buffer build bump bypass cache calculate call cancel canonicalize cast change check choose clamp clean
-clear clip clone close coerce collapse collect combine commit compare compile complete compose compress compute concatenate
-configure confirm connect consider consolidate construct consume contract contain continue control convert copy correct count cover
-create crop cross cut cycle deactivate debug decide declare decode decompose decompress decorate decrease decrement deduce define
-delegate delete derive describe deserialize destroy detach detect determine differentiate disable discard disconnect discover dispatch
-display divide do download draw drop dump duplicate edit emit empty emulate enable encode encrypt end enforce ensure enter
-enumerate erase escape establish estimate evaluate examine exchange exclude execute exit expand expect explain export expose extend
-extract factor fail fetch fill filter finalize find finish fire fit fix flag flatten flip flush fold follow force forget fork
-format forward free freeze fuse gather generate get give go grab group guess guard guarantee handle hash hide hold identify
-ignore implement import include increase increment indent index indicate infer inform initialize inject insert inspect install
-instantiate integrate interleave interpolate interpret intersect invalidate invert invoke issue iterate join keep kill label launch
-lay leave let lex limit link list listen load localize locate lock log look lookup lower make manage manipulate map mark mask match
-materialize measure merge minimize mix modify monitor move multiply mutate negate normalize notify obtain offset omit open
-optimize order organize output overload override overwrite pack pad paint parse partition pass patch pause perform permute
-pick place plot point poll pop populate position post prepare prepend present preserve press prevent print probe process produce
-profile project promote propagate protect provide prune publish pull purge push put quantize query queue quit quote raise randomize
-rank read reassign rebuild recalculate receive recognize recompute reconstruct record recover redirect redraw reduce refer
-refine refresh register reindex reject relabel release reload remap remove rename render reorder repeat replace replay report
-represent request require rescale reset reshape resize resolve respond restart restore restrict resume retrieve retry return reuse
-reverse revert rewind rewrite rotate round route run sample sanitize save scale scan schedule score scroll search seek select send
-separate serialize serve set setup shift show shuffle shut shutdown sign simplify simulate skip sleep slice snap solve sort spawn
-specify split squeeze stack start step stop store stream strip submit substitute subtract suggest sum support suppress suspend
-swap switch sync synchronize tag take tell terminate test throw tie time toggle tokenize trace track train transfer transform
-translate transpose traverse treat trigger trim truncate try tune turn unbind undo unfold uninstall unlink unlock unpack unquote
-unregister unset unwrap update upgrade upload use validate verify view visit vote wait wake walk warn wrap write yield zero
+abort accept access accumulate acquire activate adapt add adjust advance align allocate allow analyze
+animate annotate append apply approximate arrange assemble assert assign associate attach attempt
+authenticate backtrack begin bind block blend bootstrap broadcast buffer build bump bypass cache calculate
+call cancel canonicalize cast change check choose clamp clean clear clip clone close coerce collapse collect
+combine commit compare compile complete compose compress compute concatenate configure confirm connect
+consider consolidate construct consume contract contain continue control convert copy correct count cover
+create crop cross cut cycle deactivate debug decide declare decode decompose decompress decorate decrease
+decrement deduce define delegate delete derive describe deserialize destroy detach detect determine
+differentiate disable discard disconnect discover dispatch display divide do download draw drop dump
+duplicate edit emit empty emulate enable encode encrypt end enforce ensure enter enumerate erase escape
+establish estimate evaluate examine exchange exclude execute exit expand expect explain export expose extend
+extract factor fail fetch fill filter finalize find finish fire fit fix flag flatten flip flush fold follow
+force forget fork format forward free freeze fuse gather generate get give go grab group guess guard
+guarantee handle hash hide hold identify ignore implement import include increase increment indent index
+indicate infer inform initialize inject insert inspect install instantiate integrate interleave interpolate
+interpret intersect invalidate invert invoke issue iterate join keep kill label launch lay leave let lex
+limit link list listen load localize locate lock log look lookup lower make manage manipulate map mark mask
+match materialize measure merge minimize mix modify monitor move multiply mutate negate normalize notify
+obtain offset omit open optimize order organize output overload override overwrite pack pad paint parse
+partition pass patch pause perform permute pick place plot point poll pop populate position post prepare
+prepend present preserve press prevent print probe process produce profile project promote propagate protect
+provide prune publish pull purge push put quantize query queue quit quote raise randomize rank read reassign
+rebuild recalculate receive recognize recompute reconstruct record recover redirect redraw reduce refer
+refine refresh register reindex reject relabel release reload remap remove rename render reorder repeat
+replace replay report represent request require rescale reset reshape resize resolve respond restart restore
+restrict resume retrieve retry return reuse reverse revert rewind rewrite rotate round route run sample
+sanitize save scale scan schedule score scroll search seek select send separate serialize serve set setup
+shift show shuffle shut shutdown sign simplify simulate skip sleep slice snap solve sort spawn specify split
+squeeze stack start step stop store stream strip submit substitute subtract suggest sum support suppress
+suspend swap switch sync synchronize tag take tell terminate test throw tie time toggle tokenize trace track
+train transfer transform translate transpose traverse treat trigger trim truncate try tune turn unbind undo
+unfold uninstall unlink unlock unpack unquote unregister unset unwrap update upgrade upload use validate
+verify view visit vote wait wake walk warn wrap write yield zero
 """.split())
 
-STOP_WORDS = set("a an and are as at be by for from if in into is it its of on or that the this to with".split())
+STOP_WORDS = set("a an and are as at be by for from if in into is it its of on or that the this to with"
+                 .split())
 
 
 def words_of(line: str) -> list[str]:
@@ -58,7 +65,8 @@ def stem(word: str) -> str:
     """A word without its ending, so that 'converts', 'converted' and 'conversion' meet 'convert' where they
     can.
     """
-    for ending in ("ations", "ation", "ings", "ing", "ions", "ion", "ers", "ies", "er", "ed", "es", "s", "e", "y"):
+    for ending in ("ations", "ation", "ings", "ing", "ions", "ion", "ers", "ies", "er", "ed", "es", "s", "e",
+                   "y"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[:-len(ending)]
     return word
@@ -107,7 +115,8 @@ class Labeller:
         """Every part of the guideline, 0 to 1."""
         words = words_of(line)
         content = [word for word in words if word not in STOP_WORDS]
-        return {"command": command(line), "about": about(prompt, line), "sentence": sentence(line), "length": length(line),
+        return {"command": command(line), "about": about(prompt, line), "sentence": sentence(line),
+                "length": length(line),
                 "words": (sum(word in self.known for word in words) / max(1, len(words))) ** 2,
                 "no_repetition": (len(set(content)) / max(1, len(content))) ** 2}
 
@@ -129,18 +138,21 @@ class Labeller:
         return gold_a - gold_b >= TIE
 
 
-def collect_rankings(config, run, tokenizer, records: list[data.Record], sft, labeller: Labeller) -> list[data.Group]:
+def collect_rankings(config, run, tokenizer, records: list[data.Record], sft,
+                     labeller: Labeller) -> list[data.Group]:
     """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft,
     ranked.
 
     Records that bring their own comparison (chosen, rejected) are taken as they are.
     """
-    given = data.token_rows(tokenizer, [r for r in records if r.chosen], ("prompt", "chosen", "rejected"), config.context)
+    given = data.token_rows(tokenizer, [r for r in records if r.chosen], ("prompt", "chosen", "rejected"),
+                            config.context)
     groups = [data.Group(prompt, answers, [1.0, 0.0], human=False) for prompt, answers in given]
-    pairs = data.token_rows(tokenizer, [r for r in records if r.response], ("prompt", "response"), config.context - config.max_new)
+    pairs = data.token_rows(tokenizer, [r for r in records if r.response], ("prompt", "response"),
+                            config.context - config.max_new)
     n = config.answers - 1
-    samples = generate_many(run, sft, [prompt for prompt, _ in pairs for _ in range(n)], tokenizer, config.max_new,
-                            config.temperature, config.seed)
+    prompts = [prompt for prompt, _ in pairs for _ in range(n)]
+    samples = generate_many(run, sft, prompts, tokenizer, config.max_new, config.temperature, config.seed)
     for i, (prompt, human) in enumerate(pairs):
         answers = human + samples[i * n:(i + 1) * n]
         ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])

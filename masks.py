@@ -166,12 +166,13 @@ def ascii_picture(n_source: int = 4, n_target: int = 4) -> str:
     lines = ["".join(f"{name:<{width}}" for name in figure),
              "".join(f"{'   ' + ''.join(f'{name:>3}' for name in names):<{width}}" for _ in figure)]
     for q, name in enumerate(names):
-        cells = ["".join(f"{'.' if not row else '#' if k < n_source else '+':>3}" for k, row in enumerate(mask[q]))
-                 for mask in figure.values()]
+        cells = ["".join(f"{'.' if not allowed else '#' if k < n_source else '+':>3}"
+                         for k, allowed in enumerate(mask[q])) for mask in figure.values()]
         lines.append("".join(f"{f'{name:>3}' + cell:<{width}}" for cell in cells))
     lines += ["rows: queries, columns: keys, s: source, t: target.  # sees source   + sees target   . masked",
-              "The encoder-decoder has the prefix decoder's mask; what differs: source and target have a stack of layers each,",
-              "and the target reads the source (bottom left) by cross-attention, from the encoder's last layer."]
+              "The encoder-decoder has the prefix decoder's mask. What differs: source and target have a",
+              "stack of layers each, and the target reads the source (bottom left) by cross-attention,",
+              "from the encoder's last layer."]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -78,15 +78,18 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask) -> Tensor:
         return flex(q_BHTK, k_BGSK, v_BGSK, mask)
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     if groups > 1 and q_BHTK.shape[2] == 1 and isinstance(mask, Tensor) and mask.shape[1] == 1:
-        queries = q_BHTK.unflatten(1, (-1, groups)).squeeze(3)       # decoding: a group's heads as queries of one head,
-        return F.scaled_dot_product_attention(queries, k_BGSK, v_BGSK, attn_mask=mask).flatten(1, 2).unsqueeze(2)   # no copy
+        # decoding: the heads of a group become the queries of one head, and the cache need not be repeated
+        queries = q_BHTK.unflatten(1, (-1, groups)).squeeze(3)
+        heads = F.scaled_dot_product_attention(queries, k_BGSK, v_BGSK, attn_mask=mask)
+        return heads.flatten(1, 2).unsqueeze(2)
     k_BHSK, v_BHSK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BGSK, v_BGSK))
     if mask is not masks_module.causal:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
     if not q_BHTK.is_cuda:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
 
@@ -97,7 +100,8 @@ def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, block_mask) -> Tensor:
     """
     from torch.nn.attention.flex_attention import flex_attention
     kernel = _compiled_flex() if q_BHTK.is_cuda else flex_attention
-    return kernel(q_BHTK, k_BGSK, v_BGSK, block_mask=block_mask, enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1])
+    grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
+    return kernel(q_BHTK, k_BGSK, v_BGSK, block_mask=block_mask, enable_gqa=grouped)
 
 
 def _compiled_flex(compiled: list = []):
@@ -143,9 +147,10 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, B: int, S: int, device, dtype=torch.float32):
         shape = (config.layers, B, config.kv_heads, S, config.head_width)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
-        self.cross: list = [None] * config.layers      # keys and values of the encoder's output, computed once
+        self.cross: list = [None] * config.layers     # keys and values of the encoder's output, computed once
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values; returns those of all tokens so far. The model advances
@@ -224,7 +229,8 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention_norm, self.attention = RMSNorm(config.width, config.norm_eps), Attention(config)
-        self.cross_norm, self.cross = (RMSNorm(config.width, config.norm_eps), Attention(config)) if cross else (None, None)
+        self.cross_norm = RMSNorm(config.width, config.norm_eps) if cross else None
+        self.cross = Attention(config) if cross else None
         self.ffn_norm, self.ffn = RMSNorm(config.width, config.norm_eps), SwiGLU(config)
 
     def forward(self, x: Tensor, mask, angles, memory=None, cross_mask=None, cache=None) -> Tensor:

@@ -60,7 +60,8 @@ def span_corruption(text: list[int], rng: np.random.Generator, sentinels: list[i
         return [], text
     n_noise, n_spans = n_noise_spans(len(text), density, mean_span)
     if n_spans + 1 > len(sentinels):
-        raise ValueError(f"{n_spans} spans need {n_spans + 1} sentinels; there are {len(sentinels)}: shorten the context")
+        raise ValueError(f"{n_spans} spans need {n_spans + 1} sentinels; there are {len(sentinels)}: "
+                         "shorten the context")
     kept, noise = random_segments(len(text) - n_noise, n_spans, rng), random_segments(n_noise, n_spans, rng)
     source, target, at = [], [], 0
     for n_kept, n_span, sentinel in zip(kept, noise, sentinels):
@@ -111,12 +112,13 @@ def pairwise_accuracy(scores_PK: Tensor, preference_PKK: Tensor, human_P: Tensor
     with_human_PKK = torch.zeros_like(preference_PKK)
     with_human_PKK[:, 0, :] = with_human_PKK[:, :, 0] = human_P[:, None]
     kinds = (torch.ones_like(with_human_PKK), ~with_human_PKK, with_human_PKK)
-    return torch.stack([torch.stack([(x & kind).sum() for x in (right_PKK, preference_PKK)]) for kind in kinds])
+    return torch.stack([torch.stack([(x & kind).sum() for x in (right_PKK, preference_PKK)])
+                        for kind in kinds])
 
 
 # ---- PPO (Schulman et al. 2017) on token sequences ---------------------------------------------------------
-# An action is a response token. Position t of a packed row holds the state before the action (the tokens up to t);
-# the action is targets[t]; mask_BT is True at the positions of actions, and no padding is ever looked at.
+# An action is a response token. Position t of a packed row holds the state before the action (the tokens up
+# to t); the action is targets[t]; mask_BT is True at the positions of actions. Padding is never looked at.
 
 def entropy(logits_NV: Tensor) -> Tensor:
     """H_n = - sum_v p_v log p_v, in nats. (N,)"""
@@ -137,7 +139,8 @@ def kl_penalised_rewards(scores_BT: Tensor, logprobs_BT: Tensor, ref_logprobs_BT
     return torch.where(mask_BT, -beta * kl_BT, 0.0) + torch.where(last_BT, scores_BT, 0.0)
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, last_BT: Tensor, gamma: float, lam: float) -> Tensor:
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, last_BT: Tensor, gamma: float,
+        lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), computed from the last action to the
     first:
 
@@ -190,4 +193,5 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     Returns that are all alike leave nothing to explain: 0.
     """
     variance = returns.var(unbiased=False)
-    return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance.clamp(min=1e-12), 0.0)
+    unexplained = (returns - values).var(unbiased=False) / variance.clamp(min=1e-12)
+    return torch.where(variance > 0, 1 - unexplained, 0.0)

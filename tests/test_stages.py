@@ -28,9 +28,11 @@ def package(tmp_path_factory):
     """A folder of Python files whose functions say in a docstring what they do."""
     folder = tmp_path_factory.mktemp("package")
     verbs = ("read", "write", "sort", "merge", "split", "count", "find", "remove", "update", "check")
-    nouns = ("file", "table", "graph", "list", "index", "matrix", "token", "buffer", "socket", "record", "node", "edge")
+    nouns = ("file", "table", "graph", "list", "index", "matrix", "token", "buffer", "socket",
+             "record", "node", "edge")
     for verb in verbs:
-        functions = [f'def {verb}_{noun}({noun}, option):\n    """{verb.capitalize()} the {noun} {k} times.\n\n    '
+        functions = [f'def {verb}_{noun}({noun}, option):\n    '
+                     f'"""{verb.capitalize()} the {noun} {k} times.\n\n    '
                      f'The {noun} must be open, and option {k} decides how often it is done.\n    """\n'
                      for k, noun in enumerate(nouns)]
         (folder / f"{verb}.py").write_text("\n\n".join(functions))
@@ -43,16 +45,18 @@ def stage_configs(structure: str, package: Path, runs: Path) -> list:
     common_flags = dict(SMALL, data=str(package))
     return [
         (train_pretrain.main, train_pretrain.Config(
-            **common_flags, out=str(runs / "pretrain"), structure=structure, objective=objective, vocab=420, layers=1,
-            heads=2, kv_heads=1, width=32, steps=4, batch_size=4, context=64, warmup=2, eval_size=10)),
+            **common_flags, out=str(runs / "pretrain"), structure=structure, objective=objective, vocab=420,
+            layers=1, heads=2, kv_heads=1, width=32, steps=4, batch_size=4, context=64, warmup=2,
+            eval_size=10)),
         (train_sft.main, train_sft.Config(
-            **common_flags, init=str(runs / "pretrain"), out=str(runs / "sft"), steps=4, batch_size=8, warmup=2, eval_size=10)),
+            **common_flags, init=str(runs / "pretrain"), out=str(runs / "sft"), steps=4, batch_size=8,
+            warmup=2, eval_size=10)),
         (train_rm.main, train_rm.Config(
-            **common_flags, init=str(runs / "sft"), out=str(runs / "rm"), prompts=20, answers=4, max_new=8, steps=4, batch_size=4,
-            warmup=2, eval_size=5)),
+            **common_flags, init=str(runs / "sft"), out=str(runs / "rm"), prompts=20, answers=4, max_new=8,
+            steps=4, batch_size=4, warmup=2, eval_size=5)),
         (train_ppo.main, train_ppo.Config(
-            **common_flags, init=str(runs / "sft"), reward=str(runs / "rm"), out=str(runs / "ppo"), steps=4, batch_size=8,
-            minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5)),
+            **common_flags, init=str(runs / "sft"), reward=str(runs / "rm"), out=str(runs / "ppo"), steps=4,
+            batch_size=8, minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5)),
     ]
 
 
@@ -68,8 +72,10 @@ def test_every_stage_with_every_structure(flow):
     """Each stage ends, with finite figures, and leaves everything that the next one and the reader need."""
     runs, stages, last = flow
     for (_, config), row in zip(stages, last):
-        assert row["step"] == config.steps and all(torch.isfinite(torch.tensor(float(v))) for v in row.values())
-        for name in ("config.json", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.tiktoken", "held_out.json"):
+        assert row["step"] == config.steps and all(torch.isfinite(torch.tensor(float(v)))
+                                                   for v in row.values())
+        for name in ("config.json", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.tiktoken",
+                     "held_out.json"):
             assert (Path(config.out) / name).stat().st_size > 0, name
 
 
@@ -105,7 +111,8 @@ def test_resumed_equals_uninterrupted(flow, stage, tmp_path):
 def test_the_report_covers_all_rows(flow, package):
     """evaluate.py writes its three files, and each row has its figures."""
     runs, _, _ = flow
-    report = evaluate.main(evaluate.Config(runs=str(runs), data=str(package), prompts=5, best_of=2, max_new=8, device="cpu"))
+    report = evaluate.main(evaluate.Config(runs=str(runs), data=str(package), prompts=5, best_of=2, max_new=8,
+                                           device="cpu"))
     assert json.loads((runs / "report.json").read_text()) == report
     assert (runs / "report.png").stat().st_size > 0 and "| ppo |" in (runs / "report.md").read_text()
     for row in ("base", "sft", "best_of_n", "ppo", "human"):
@@ -117,7 +124,8 @@ def test_the_report_covers_all_rows(flow, package):
 def test_generate_answers_from_a_run(flow, capsys):
     """The command line's main gives as many answers as asked for."""
     runs, _, _ = flow
-    answers = generate.main(generate.Config(run=str(runs / "ppo"), prompt="def read_area(width):", samples=3, max_new=8, device="cpu"))
+    answers = generate.main(generate.Config(run=str(runs / "ppo"), prompt="def read_area(width):", samples=3,
+                                            max_new=8, device="cpu"))
     assert len(answers) == 3 and capsys.readouterr().out.count("\n") >= 3
 
 
@@ -146,9 +154,12 @@ def run_ranks(n: int, package: Path, folder: Path) -> dict[str, list[dict]]:
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(folder / "cache"),
                                     package=str(package), runs=str(folder / "runs")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(driver)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
-    return {stage: [json.loads(line) for line in (folder / "runs" / stage / "metrics.jsonl").read_text().splitlines()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+               str(driver)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                   timeout=240)
+    return {stage: [json.loads(line)
+                    for line in (folder / "runs" / stage / "metrics.jsonl").read_text().splitlines()]
             for stage in ("pretrain", "sft", "rm", "ppo")}
 
 
@@ -195,8 +206,8 @@ def test_bad_files_are_one_sentence(monkeypatch, capsys, tmp_path, flow, content
     """A file that cannot be used is named with its line and what was expected; nothing is written."""
     runs, _, _ = flow
     (tmp_path / "d.jsonl").write_bytes(content)
-    error = fails(monkeypatch, capsys, train_sft, "--data", str(tmp_path / "d.jsonl"), "--init", str(runs / "pretrain"),
-                  "--out", str(tmp_path / "out"))
+    error = fails(monkeypatch, capsys, train_sft, "--data", str(tmp_path / "d.jsonl"),
+                  "--init", str(runs / "pretrain"), "--out", str(tmp_path / "out"))
     assert fragment in error and not (tmp_path / "out").exists()
 
 
@@ -217,14 +228,16 @@ def test_bad_files_are_one_sentence(monkeypatch, capsys, tmp_path, flow, content
 ])
 def test_bad_flags_are_one_sentence(monkeypatch, capsys, tmp_path, package, flags, fragment):
     """Flags that cannot be satisfied are refused before anything is written."""
-    flags = (() if "--data" in flags else ("--data", str(package))) + ("--vocab", "420") * ("--vocab" not in flags) + flags
+    flags = ((() if "--data" in flags else ("--data", str(package)))
+             + ("--vocab", "420") * ("--vocab" not in flags) + flags)
     assert fragment in fails(monkeypatch, capsys, train_pretrain, "--out", str(tmp_path / "out"), *flags)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_absent_cuda_is_one_sentence(monkeypatch, capsys, tmp_path):
-    assert "not present" in fails(monkeypatch, capsys, train_pretrain, "--device", "cuda", "--out", str(tmp_path / "out"))
+    assert "not present" in fails(monkeypatch, capsys, train_pretrain, "--device", "cuda",
+                                  "--out", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("module, needed", [(train_sft, "train_pretrain.py"), (train_rm, "train_sft.py"),
@@ -242,8 +255,8 @@ def test_prompts_without_room_are_dropped_or_refused(monkeypatch, capsys, tmp_pa
     runs, _, _ = flow
     long_prompt = json.dumps({"prompt": "word " * 500})
     (tmp_path / "p.jsonl").write_text(f"{long_prompt}\n" * 3)
-    error = fails(monkeypatch, capsys, train_ppo, "--data", str(tmp_path / "p.jsonl"), "--init", str(runs / "sft"),
-                  "--reward", str(runs / "rm"), "--out", str(tmp_path / "out"))
+    error = fails(monkeypatch, capsys, train_ppo, "--data", str(tmp_path / "p.jsonl"),
+                  "--init", str(runs / "sft"), "--reward", str(runs / "rm"), "--out", str(tmp_path / "out"))
     assert "prompts" in error and not (tmp_path / "out").exists()
 
 
@@ -252,7 +265,8 @@ def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
     _, stages, _ = flow
     config = stages[1][1]
     before = sorted(path.name for path in Path(config.out).iterdir())
-    error = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.init, "--out", config.out, "--lr", "0.5")
+    error = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.init,
+                  "--out", config.out, "--lr", "0.5")
     assert "lr" in error and sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
