@@ -86,17 +86,13 @@ def held_out_names(folder: str) -> set[str]:
 
 
 def open_folder(folder: Path, config) -> dict | None:
-    """Decide where this run starts, before anything is written. Returns the checkpoint to go on from, or
-    None.
+    """Decide where this run starts; nothing is written. Returns the checkpoint to go on from, or None.
 
     resume=auto goes on where there is something to go on from, must insists on it, never wants an empty
-    folder. A folder made with other settings is not touched, unless --overwrite says so: then its files are
-    removed.
+    folder. A run made with other settings is not touched, unless --overwrite says so: then common.open_run
+    removes it, once everything else is known to be right.
     """
     state = latest(folder) if not config.overwrite else None
-    if config.overwrite:
-        for path in list(Path(folder).glob("checkpoint-*.pt")):
-            path.unlink()
     if state is None:
         if config.resume == "must":
             raise UserError(f"{folder} holds no checkpoint to resume from")

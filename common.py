@@ -63,7 +63,7 @@ def parse(config_class, argv: list[str], description: str):
 def run_main(main, config_class, description: str) -> None:
     """The program around main(config): flags in, exit code out. No traceback for a user's mistake."""
     def stop(signum, frame):
-        raise SystemExit(128 + signum)
+        raise SystemExit(_say("stopped; the same command goes on from the last checkpoint", 128 + signum))
     signal.signal(signal.SIGTERM, stop)
     try:
         main(parse(config_class, sys.argv[1:], description))
@@ -139,6 +139,11 @@ class Run:
             raise UserError(f"a step has {len(items)} sequences for {self.world} ranks x {n} micro-batches; "
                             "raise batch_size or use fewer ranks")
         return parts
+
+    def finished_before(self) -> dict[str, float]:
+        """Nothing is left to do. Returns the last line of the log."""
+        self.print(f"{self.folder} is finished already; --overwrite trains it anew, more --steps go on")
+        return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
 
     def finish(self, following: str, tiny: bool) -> None:
         """The last words of a stage."""
@@ -299,6 +304,9 @@ def open_run(run: Run, config, tokenizer, held_out_names) -> None:
     if run.rank:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
+    if config.overwrite:                        # only now: whatever was wrong with the settings has been said
+        for old in run.folder.glob("checkpoint-*.pt"):
+            old.unlink()
     content = {**dataclasses.asdict(config), "ranks": run.world, "dtype_used": str(run.dtype),
                "torch": torch.__version__, "processor": processor_name(run.device)}
     (run.folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -371,6 +371,8 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
+    if state and state["step"] >= config.steps:
+        return run.finished_before()
     model, tokenizer = build_model(config, run)
     loaded = load_data(config, run, tokenizer)
     policy, value = model.policy, model.value

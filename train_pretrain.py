@@ -189,6 +189,8 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
+    if state and state["step"] >= config.steps:
+        return run.finished_before()
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
     optimizer = build_optimizer(config, model)

@@ -270,6 +270,35 @@ def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
     assert "lr" in error and sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
+def test_a_finished_run_is_left_as_it_is(flow, capsys):
+    """The same command again says that nothing is left to do, and returns the last line of the log."""
+    _, stages, last = flow
+    for (main, config), row in zip(stages, last):
+        before = {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
+        assert main(config) == row and "finished already" in capsys.readouterr().out
+        assert before == {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
+
+
+def test_bad_input_with_overwrite_loses_nothing(monkeypatch, capsys, flow):
+    """--overwrite removes the old run only when the new one can begin."""
+    _, stages, _ = flow
+    config = stages[1][1]
+    before = sorted(path.name for path in Path(config.out).iterdir())
+    fails(monkeypatch, capsys, train_sft, "--data", "missing.jsonl", "--init", config.init, "--out", config.out,
+          "--overwrite")
+    assert sorted(path.name for path in Path(config.out).iterdir()) == before
+
+
+def test_overwrite_begins_anew(flow, tmp_path):
+    """--overwrite replaces a run made with other settings; no old checkpoint survives."""
+    _, stages, _ = flow
+    main, config = stages[1]
+    folder = tmp_path / "old"
+    shutil.copytree(config.out, folder)
+    main(type(config)(**{**vars(config), "out": str(folder), "steps": 3, "lr": 1e-4, "overwrite": True}))
+    assert checkpoint.steps_of(folder) == [2, 3]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch, package, tmp_path):
     """NaN: the run ends with a fault before the optimizer step, and the last good checkpoint is still
     there.
