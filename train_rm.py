@@ -125,12 +125,12 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     """Share of held-out pairs in the labeller's order: all, sample against sample, human against sample."""
     right, counted = torch.zeros(3), torch.zeros(3)
     for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
-        groups = run.mine(loaded.held_out[start:start + 64])
-        if not groups:
+        examples = run.mine(loaded.held_out[start:start + 64])
+        if not examples:
             continue
-        scores_PK = scores_of(config, run, loaded, model, groups).cpu()
-        human_P = torch.tensor([group.human for group in groups])
-        found = objectives.pairwise_accuracy(scores_PK, data.preferences(groups, TIE), human_P)
+        scores_PK = scores_of(config, run, loaded, model, examples).cpu()
+        human_P = torch.tensor([group.human for group in examples])
+        found = objectives.pairwise_accuracy(scores_PK, data.preferences(examples, TIE), human_P)
         right, counted = right + found[:, 0], counted + found[:, 1]
     right, counted = run.sum(right).tolist(), run.sum(counted).tolist()
     names = ("accuracy", "accuracy_sample_sample", "accuracy_human_sample")
@@ -188,14 +188,14 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out prompts: every answer with the model's score and its rank."""
     decode = loaded.tokenizer.decode
-    groups = loaded.held_out[:6]
+    examples = loaded.held_out[:6]
     with torch.no_grad():
-        scores_PK = scores_of(config, run, loaded, model, groups)
+        scores_PK = scores_of(config, run, loaded, model, examples)
     lines = [[f"{score:+.2f} (labeller {rank:.2f})  {decode(answer)}"
               for score, rank, answer in zip(scores, group.ranking, group.answers)]
-             for scores, group in zip(scores_PK, groups)]
+             for scores, group in zip(scores_PK, examples)]
     run.write_samples([(decode(group.prompt), rows[0], "\n".join(rows[1:]))
-                       for group, rows in zip(groups, lines)])
+                       for group, rows in zip(examples, lines)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------
