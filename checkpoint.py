@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from common import Run, UserError
-from data import Tokenizer
+from common import Run
+from errors import UserError
 from model import LanguageModel, ModelConfig, ScalarModel, build
+from tokenizer import Tokenizer
 
 # settings in which a run may be gone on with; all others must be as they were
 FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "compile", "eval_every", "eval_size",
@@ -65,11 +66,11 @@ def latest(folder: Path) -> dict | None:
     return None
 
 
-def load_model(folder: str, first: str) -> tuple[LanguageModel | ScalarModel, Tokenizer]:
-    """The model and tokenizer of a finished stage. first: the command to run where there is none."""
+def load_model(folder: str) -> LanguageModel | ScalarModel:
+    """The model of a finished stage."""
     state = latest(Path(folder))
     if state is None:
-        raise UserError(f"{folder} holds no checkpoint; first run: {first}")
+        raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
     model = build(ModelConfig(**state["model_config"]))
     if "head.weight" in state["model"]:
         model = ScalarModel(model)
@@ -77,7 +78,14 @@ def load_model(folder: str, first: str) -> tuple[LanguageModel | ScalarModel, To
         model.load_state_dict(state["model"])
     except RuntimeError:
         raise UserError(f"{folder} was written by another version of this program; train it anew") from None
-    return model, Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+    return model
+
+
+def load_tokenizer(folder: str, first: str) -> Tokenizer:
+    """The tokenizer of a finished stage. first: the command to run where there is none."""
+    if not steps_of(Path(folder)):
+        raise UserError(f"{folder} holds no checkpoint; first run: {first}")
+    return Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
 
 
 def held_out_names(folder: str) -> set[str]:

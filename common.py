@@ -1,88 +1,24 @@
-"""What is the same in every stage and teaches nothing about it: flags, seed, device, ranks, schedule, log."""
-import argparse
+"""What is the same in every stage and teaches nothing about it: seed, ranks, schedule, run folder, log."""
 import contextlib
 import dataclasses
-import difflib
-import inspect
 import json
 import math
 import os
-import platform
-import re
-import signal
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend. One sentence on stderr, exit code 2, nothing written."""
-
-
-class Fault(Exception):
-    """Something broke on the way. One sentence on stderr, exit code 1, the last checkpoint is kept."""
+import hardware
+from errors import Fault, UserError
+from hardware import processor_name
 
 
-# ---- command line: the dataclass is the flags --------------------------------------------------------------
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def parse(config_class, argv: list[str], description: str):
-    """--field value for every field; the comment behind a field is its help. Unknown flags are refused."""
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(config_class), re.MULTILINE))
-    parser = _Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(config_class):
-        help_text = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", default=field.default, help=help_text)
-        else:
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=help_text,
-                                metavar="")
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
-        near = difflib.get_close_matches(flag, flags, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
-        raise UserError(f"unknown flag {flag}; {hint}")
-    return config_class(**vars(known))
-
-
-def run_main(main, config_class, description: str) -> None:
-    """The program around main(config): flags in, exit code out. No traceback for a user's mistake."""
-    def stop(signum, frame):
-        raise SystemExit(_say("stopped; the same command goes on from the last checkpoint", 128 + signum))
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        main(parse(config_class, sys.argv[1:], description))
-    except UserError as error:
-        sys.exit(_say(error, 2))
-    except Fault as error:
-        sys.exit(_say(error, 1))
-    except BrokenPipeError:                  # whoever read our output has seen enough
-        sys.stdout = open(os.devnull, "w")
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _say(message, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+CACHE = Path("runs/cache")        # the scanned corpus and the trained tokenizers, by content
 
 
 # ---- the run: where and on what it computes ----------------------------------------------------------------
@@ -129,6 +65,13 @@ class Run:
         dist.all_gather_object(parts, mine)
         return {key: value for part in parts for key, value in part.items()}
 
+    def agreed(self, value):
+        """Rank 0's value, on every rank: what was measured may differ between them."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def micro_batches(self, items: list, size: int) -> list[list]:
         """This rank's share in micro-batches of at most `size` (0: all at once); equally many on every
         rank.
@@ -174,15 +117,16 @@ def set_up(config) -> Run:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % world:
         raise UserError(f"batch_size {config.batch_size} must be a multiple of the {world} ranks")
-    device = choose_device(config.device)
+    device = hardware.choose_device(config.device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     run = Run(Path(config.out), device, torch.float32, rank, world)
-    threads = choose_threads(device, world)
-    run.dtype, why = choose_dtype(config.dtype, device)
+    threads = hardware.choose_threads(device, world)
+    before = hardware.recorded(config).get("dtype_used", "")
+    run.dtype, why = run.agreed(hardware.choose_dtype(config.dtype, device, before))
     torch.manual_seed(config.seed)                  # after the timing above, which draws numbers of its own
     run.print(f"{processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} thread(s), "
               f"{why}")
@@ -210,85 +154,6 @@ def check(config) -> None:
         raise UserError(f"resume is {config.resume!r}; it must be auto, must or never")
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is unknown; try auto, cpu, cuda or mps") from None
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(device.type, False):
-        raise UserError(f"device {name!r} is not present on this machine; --device auto takes what is there")
-    return device
-
-
-def training_product(dtype: torch.dtype, device) -> float:
-    """Seconds of a small layer's products and attention, forward and backward; the best of several.
-
-    Attention belongs in it: on some processors bf16 halves the time of a product and doubles that of
-    attention.
-    """
-    x = torch.randn(1024, 128, device=device)
-    w_in = torch.randn(512, 128, device=device, requires_grad=True)
-    w_out = torch.randn(128, 512, device=device, requires_grad=True)
-    kind, lower = torch.device(device).type, dtype != torch.float32
-    seconds = []
-    for _ in range(12):
-        start = time.perf_counter()
-        with torch.autocast(kind, dtype) if lower else contextlib.nullcontext():
-            h = F.linear(F.silu(F.linear(x, w_in)), w_out)
-            heads = h.view(4, 256, 4, 32).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-        attended.float().square().mean().backward()
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def choose_threads(device, world: int) -> int:
-    """As many threads as this rank has cores, unless one is measured to be as fast: some hosts share their
-    cores.
-    """
-    n = max(1, (os.cpu_count() or 1) // world)
-    if "OMP_NUM_THREADS" in os.environ and world == 1:
-        return torch.get_num_threads()
-    if device.type == "cpu" and n > 1:
-        seconds = {}
-        for threads in (1, n):
-            torch.set_num_threads(threads)
-            seconds[threads] = training_product(torch.float32, device)
-        n = 1 if seconds[1] < 0.95 * seconds[n] else n
-    torch.set_num_threads(n)
-    return n
-
-
-def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
-    """bf16 where it is measured to be faster. Returns the dtype and the reason, in words."""
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if name in names:
-        return names[name], f"{name} as asked"
-    if name != "auto":
-        raise UserError(f"dtype {name!r} is unknown; try auto, fp32 or bf16")
-    if device.type == "mps":
-        return torch.float32, "fp32 (the safe choice on mps)"
-    fp32, bf16 = training_product(torch.float32, device), training_product(torch.bfloat16, device)
-    reason = f"a layer takes {fp32 * 1e3:.2f} ms in fp32, {bf16 * 1e3:.2f} ms in bf16"
-    return (torch.bfloat16, f"bf16 ({reason})") if bf16 < 0.95 * fp32 else (torch.float32, f"fp32 ({reason})")
-
-
-def processor_name(device) -> str:
-    """The processor's own name, for records."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if match:
-            return f"{match.group(1)} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor() or platform.machine()
-
-
 def learning_rate(step: int, config) -> float:
     """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down to a tenth of lr at the last
     step.
@@ -299,6 +164,28 @@ def learning_rate(step: int, config) -> float:
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """An interrupted program leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """What rank 0 computes and caches, the other ranks only read."""
+    waits = dist.is_initialized() and dist.get_rank() > 0
+    if waits:
+        dist.barrier()
+    try:
+        yield
+    finally:                                    # after a mistake too: the others then find it themselves
+        if dist.is_initialized() and not waits:
+            dist.barrier()
+
+
 def open_run(run: Run, config, tokenizer, held_out_names) -> None:
     """Make the run folder: config.json, the tokenizer, and the names that no training set may hold."""
     if run.rank:
@@ -307,10 +194,13 @@ def open_run(run: Run, config, tokenizer, held_out_names) -> None:
     if config.overwrite:                        # only now: whatever was wrong with the settings has been said
         for old in run.folder.glob("checkpoint-*.pt"):
             old.unlink()
-    content = {**dataclasses.asdict(config), "ranks": run.world, "dtype_used": str(run.dtype),
+    dtype = "fp32" if run.dtype == torch.float32 else "bf16"
+    content = {**dataclasses.asdict(config), "ranks": run.world, "dtype_used": dtype,
                "torch": torch.__version__, "processor": processor_name(run.device)}
     (run.folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
     tokenizer.save(run.folder / "tokenizer.tiktoken")
+    if hasattr(config, "init"):                  # what an earlier stage held out stays held out
+        held_out_names = held_out_names | set(json.loads((Path(config.init) / "held_out.json").read_text()))
     (run.folder / "held_out.json").write_text(json.dumps(sorted(held_out_names), indent=0) + "\n")
 
 

@@ -17,15 +17,19 @@ import numpy as np
 import torch
 
 import checkpoint
+import command_line
 import common
+import corpus
 import data
+import hardware
 import labeller as labeller_file
 import masks
 import objectives
-from common import UserError
-from data import write_atomically
+from common import write_atomically
+from errors import UserError
 from generate import generate
 from labeller import Labeller
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Config:
 @dataclass
 class Study:
     """What all rows are measured with."""
-    tokenizer: data.Tokenizer
+    tokenizer: Tokenizer
     prompts: list                       # tokens
     human: list                         # the human answers, with their end token
     texts: list                         # the prompts as text
@@ -59,20 +63,21 @@ class Study:
 
 def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     """The four models and the held-out prompts."""
-    folder, device = Path(config.runs), common.choose_device(config.device)
+    folder, device = Path(config.runs), hardware.choose_device(config.device)
     models = {}
     for stage in ("pretrain", "sft", "rm", "ppo"):
         needed = f"python train_{stage}.py" + " --tiny" * config.tiny
-        models[stage], tokenizer = checkpoint.load_model(str(folder / stage), first=needed)
-        models[stage].to(device).eval()
+        tokenizer = checkpoint.load_tokenizer(str(folder / stage), needed)
+        models[stage] = checkpoint.load_model(str(folder / stage)).to(device).eval()
     kept = checkpoint.held_out_names(str(folder / "ppo"))
-    records = data.load_records(config.data, config.tiny)
-    train, held_out = data.split(records, kept)
-    rows = data.token_rows(tokenizer, [r for r in held_out if r.response], ("prompt", "response"), 128)
+    records = corpus.load_records(config.data, config.tiny)
+    train, held_out = corpus.split(records, kept)
+    run = common.Run(folder, device, torch.float32)
+    rows = data.token_rows(run, tokenizer, [r for r in held_out if r.response], ("prompt", "response"), 128)
     if not rows:
         raise UserError(f"--data {config.data}: the report wants held-out pairs (prompt + response)")
     order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
-    prompts, human = zip(*((rows[i][0], rows[i][1][0]) for i in order))
+    prompts, human = zip(*((rows[i].source, rows[i].targets[0]) for i in order))
     texts = [tokenizer.decode(prompt) for prompt in prompts]
     labeller = Labeller(data.texts_of([record for record in train if record.text or record.response]))
     return Study(tokenizer, list(prompts), list(human), texts, labeller, models["sft"], models["rm"], device,
@@ -99,7 +104,8 @@ def read(study: Study, model, answers: list[list[int]]) -> list[tuple[data.Batch
     """
     outputs = []
     for i in range(0, len(answers), 64):
-        examples = [(prompt, [answer]) for prompt, answer in zip(study.prompts[i:i + 64], answers[i:i + 64])]
+        examples = [data.Example(prompt, [answer])
+                    for prompt, answer in zip(study.prompts[i:i + 64], answers[i:i + 64])]
         batch = data.lay_out(examples, model.config.structure, 128, study.tokenizer).to(study.device)
         where = batch.last if model is study.reward else batch.loss_mask
         outputs.append((batch, model(batch, masks.of_batch(model.config.structure, batch), where)))
@@ -223,7 +229,7 @@ def build_report(config: Config) -> tuple[dict, str]:
                               if "accuracy" in name}
     report["seconds"] = {stage: last_metrics(folder / stage)["seconds"] for stage in models}
     report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
-    report["processor"] = common.processor_name(study.device)
+    report["processor"] = hardware.processor_name(study.device)
     report["prompts"] = len(study.prompts)
     return report, examples(study, {"human": study.human, **greedy, "best_of_n": written["best_of_n"]})
 
@@ -304,4 +310,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config, __doc__)
+    command_line.run(main, Config, __doc__)

@@ -7,16 +7,20 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+import command_line
 import common
+import hardware
 import masks
-from checkpoint import load_model
-from common import UserError
-from data import Batch, Tokenizer, function_name, function_prompt
+from checkpoint import load_model, load_tokenizer
+from corpus import function_name, function_prompt
+from errors import UserError
 from model import KVCache, LanguageModel
+from tokenizer import Tokenizer
 
 
 def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
@@ -89,9 +93,7 @@ class Decoding:
         """Logits (B, V) after the prompt."""
         document, positions = self.documents()
         B, T = self.tokens.shape
-        prompt = Batch(self.tokens, None, None, positions, document, torch.zeros_like(document), None)
-        if self.structure == "encdec":
-            prompt.source_document = document
+        prompt = SimpleNamespace(document=document, part=torch.zeros_like(document), source_document=document)
         allowed = masks.predicates(self.structure, prompt).attention
         return self.logits(self.tokens, positions, masks.dense(allowed, B, T, T, self.tokens.device))
 
@@ -194,8 +196,9 @@ def main(config: Config) -> list[str]:
         raise UserError("max_new and samples must be at least 1")
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
-    device = common.choose_device(config.device)
-    model, tokenizer = load_model(config.run, first="python train_pretrain.py")
+    device = hardware.choose_device(config.device)
+    tokenizer = load_tokenizer(config.run, first="python train_pretrain.py")
+    model = load_model(config.run)
     if not isinstance(model, LanguageModel):
         raise UserError(f"{config.run} is a reward model: it scores answers and writes none")
     model.to(device)
@@ -220,4 +223,4 @@ def main(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config, __doc__)
+    command_line.run(main, Config, __doc__)

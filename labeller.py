@@ -10,7 +10,8 @@ import re
 from collections import Counter
 
 import data
-from data import function_name, identifier_words
+from corpus import Record, function_name, identifier_words
+from errors import UserError
 from generate import generate_many
 
 WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
@@ -138,23 +139,25 @@ class Labeller:
         return gold_a - gold_b >= TIE
 
 
-def collect_rankings(config, run, tokenizer, records: list[data.Record], sft,
-                     labeller: Labeller) -> list[data.Group]:
+def collect_rankings(config, run, tokenizer, records: list[Record], sft,
+                     labeller: Labeller) -> list[data.Example]:
     """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft,
     ranked.
 
     Records that bring their own comparison (chosen, rejected) are taken as they are.
     """
-    given = data.token_rows(tokenizer, [r for r in records if r.chosen], ("prompt", "chosen", "rejected"),
-                            config.context)
-    groups = [data.Group(prompt, answers, [1.0, 0.0], human=False) for prompt, answers in given]
-    pairs = data.token_rows(tokenizer, [r for r in records if r.response], ("prompt", "response"),
+    if not 2 <= config.answers <= 9:
+        raise UserError(f"answers is {config.answers}; it must be 2 to 9")
+    given = data.token_rows(run, tokenizer, [r for r in records if r.chosen],
+                            ("prompt", "chosen", "rejected"), config.context)
+    ranked = [row._replace(ranking=(1.0, 0.0)) for row in given]
+    pairs = data.token_rows(run, tokenizer, [r for r in records if r.response], ("prompt", "response"),
                             config.context - config.max_new)
     n = config.answers - 1
-    prompts = [prompt for prompt, _ in pairs for _ in range(n)]
+    prompts = [pair.source for pair in pairs for _ in range(n)]
     samples = generate_many(run, sft, prompts, tokenizer, config.max_new, config.temperature, config.seed)
-    for i, (prompt, human) in enumerate(pairs):
+    for i, (prompt, human, *_) in enumerate(pairs):
         answers = human + samples[i * n:(i + 1) * n]
         ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])
-        groups.append(data.Group(prompt, answers, ranking, human=True))
-    return groups
+        ranked.append(data.Example(prompt, answers, ranking=tuple(ranking), human=True))
+    return ranked

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks as masks_module
-from common import UserError
+from errors import UserError
 from masks import Masks
 
 STRUCTURES = ("causal", "prefix", "encdec")

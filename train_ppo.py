@@ -16,14 +16,17 @@ import numpy as np
 import torch
 
 import checkpoint
+import command_line
 import common
+import corpus
 import data
 import masks
 import model as model_file
 import objectives
-from common import UserError
+from errors import Fault, UserError
 from generate import generate, generate_many
 from labeller import Labeller
+from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
 
@@ -34,8 +37,6 @@ class Config:
     init: str = "runs/sft"              # run folder to start from
     reward: str = "runs/rm"             # run folder of the reward model
     out: str = "runs/ppo"               # run folder
-    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
     beta: float = 0.08                  # price of a nat of KL to the reference, in units of reward
     gamma: float = 1.0                  # discount per token
     lam: float = 0.95                   # lambda of generalised advantage estimation
@@ -47,23 +48,27 @@ class Config:
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
     minibatch_size: int = 32            # answers in an optimizer step
-    max_new: int = 40                   # tokens of a sample at most
     temperature: float = 1.0            # of the samples
-    steps: int = 36                     # iterations: sample, score, learn
+    max_new: int = 40                   # tokens of a sample at most
+    steps: int = 48                     # iterations: sample, score, learn
     batch_size: int = 128               # answers an iteration, all ranks together
-    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
-    context: int = 128                  # tokens of a sequence at most; longer ones are dropped
+    context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
+    row: int = 128                      # tokens of a packed row, about: several sequences share one
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 12                # steps between evaluations, 0: only at the end
+    eval_every: int = 24                # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 12                # steps between checkpoints, 0: only at the end
+    save_every: int = 24                # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
+    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
+    overwrite: bool = False             # replace the run that the folder holds
+    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto (measured), fp32, bf16
+    ranks: int = 0                      # processes on a CPU, 0: measured; on GPUs torchrun starts them
     compile: bool = False               # torch.compile the model
     tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
 
@@ -85,7 +90,7 @@ def set_up(config: Config) -> common.Run:
 
 @dataclass
 class Data:
-    tokenizer: data.Tokenizer
+    tokenizer: Tokenizer
     train: list                         # what the steps draw from
     held_out: list                      # examples to evaluate on; no name occurs in both
     names: set                          # the names held out, here and in every later stage
@@ -93,30 +98,34 @@ class Data:
     labeller: Labeller                  # for the reader of the log alone: nothing is trained on its score
 
 
-def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
-    records = [r for r in data.load_records(config.data, config.tiny) if r.prompt]
-    train, held_out = data.split(records, checkpoint.held_out_names(config.init))
+def load_data(config: Config, run: common.Run) -> Data:
+    tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
+    needed = "python train_rm.py" + " --tiny" * config.tiny
+    if checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
+        raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
+    records = [r for r in corpus.load_records(config.data, config.tiny) if r.prompt]
+    train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of([r for r in train if r.response]))
     rng = np.random.default_rng(config.seed)
-    sequences = [data.token_rows(tokenizer, part, ("prompt",), config.context - config.max_new)
+    sequences = [data.token_rows(run, tokenizer, part, ("prompt",), config.context - config.max_new)
                  for part in (train, held_out)]
-    data.require(sequences, config.batch_size, "prompts (.jsonl with prompt)", config)
-    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} prompts leave no room for "
-              f"{config.max_new} tokens and are dropped")
-    answered = [[r for r in part if r.response] for part in (train, held_out)]
-    pairs = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context) for part in answered]
-    sequences[1] = pairs[1] or sequences[1]
+    data.require(sequences, config.batch_size, config,
+                 wanted="prompts (.jsonl with prompt)")
+    pairs, held_out_pairs = (data.token_rows(run, tokenizer, [r for r in part if r.response],
+                                             ("prompt", "response"), config.context)
+                             for part in (train, held_out))
+    sequences[1] = held_out_pairs or sequences[1]
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
-    names = data.names_of(held_out) | checkpoint.held_out_names(config.init)
+    names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
-    return Data(tokenizer, sequences[0], chosen, names, pairs[0], labeller)
+    return Data(tokenizer, sequences[0], chosen, names, pairs, labeller)
 
 
-def examples_of_step(config: Config, loaded: Data, step: int) -> list[list[int]]:
-    """What the step reads: batch_size prompts."""
+def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
+    """What the step reads: batch_size of the sequences."""
     sizes = np.ones(len(loaded.train), dtype=int)
     chosen, _ = data.indices_of_step(sizes, config.batch_size, config.seed, step)
-    return [loaded.train[i][0] for i in chosen]
+    return [loaded.train[i] for i in chosen]
 
 
 def pairs_of_update(config: Config, loaded: Data, update: int) -> list[data.Example]:
@@ -138,16 +147,13 @@ class FourModels(torch.nn.Module):
         self.reward, self.value = reward.requires_grad_(False), copy.deepcopy(reward).requires_grad_(True)
 
 
-def build_model(config: Config, run: common.Run) -> tuple[FourModels, data.Tokenizer]:
-    needed = "python train_sft.py" + " --tiny" * config.tiny
-    model, tokenizer = checkpoint.load_model(config.init, first=needed)
-    needed = "python train_rm.py" + " --tiny" * config.tiny
-    reward, its_tokenizer = checkpoint.load_model(config.reward, first=needed)
-    if not isinstance(reward, model_file.ScalarModel) or its_tokenizer.ranks != tokenizer.ranks:
-        raise UserError(f"{config.reward} is no reward model for the tokens of {config.init}")
-    run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
-    model = FourModels(model, reward)
-    return model.to(run.device), tokenizer
+def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
+    policy, reward = checkpoint.load_model(config.init), checkpoint.load_model(config.reward)
+    if not isinstance(reward, model_file.ScalarModel):
+        raise UserError(f"{config.reward} is no reward model; first run: python train_rm.py")
+    model = FourModels(policy, reward)
+    run.print(f"{model.config.structure}: {model_file.parameter_count(policy):,} parameters, four times")
+    return model.to(run.device)
 
 
 # ---- 5. optimizer ------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     """On held-out prompts: the gold score of sampled and of greedy answers; the loss on the human ones."""
     policy, result = common.unwrap(model.policy), {}
     structure = policy.config.structure
-    prompts = [prompt for prompt, _ in loaded.held_out]
+    prompts = [example.source for example in loaded.held_out]
     for name, temperature in (("eval_gold", config.temperature), ("eval_gold_greedy", 0.0)):
         answers = generate_many(run, policy, prompts, loaded.tokenizer, config.max_new, temperature,
                                 config.seed)
@@ -177,7 +183,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
-        batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+        batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
         nats += float(objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask]))
@@ -196,7 +202,7 @@ def golds_of(loaded: Data, prompts: list[list[int]], answers: list[list[int]]) -
 
 @dataclass
 class Rollout:
-    """A minibatch of answers and what was known when they were sampled. Tensors (B, T), as the batch."""
+    """Answers that are read together, and what was known when they were sampled. Tensors (B, T)."""
     batch: data.Batch
     masks: masks.Masks
     actions: torch.Tensor               # True at the positions whose prediction was sampled
@@ -212,14 +218,18 @@ class Rollout:
 
 def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict:
     """One iteration: sample answers, score them, estimate advantages, learn from them for some epochs."""
-    prompts = run.mine(examples_of_step(config, loaded, step))
+    prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step))]
     answers = sample(config, run, loaded, model, prompts, step)
     n = config.minibatch_size // run.world
-    rollouts = [score(config, run, loaded, model, prompts[i:i + n], answers[i:i + n])
-                for i in range(0, len(prompts), n)]
+    size = min(n, config.micro_batch_size or n)
+    parts = [[slice(i, min(i + size, end)) for i in range(end - n, end, size)]
+             for end in range(n, len(prompts) + 1, n)]
+    minibatches = [[score(config, run, loaded, model, prompts[at], answers[at]) for at in part]
+                   for part in parts]
+    rollouts = [rollout for minibatch in minibatches for rollout in minibatch]
     estimate_advantages(config, run, rollouts)
     metrics = describe(run, loaded, prompts, answers, rollouts)
-    return {**metrics, **learn(config, run, loaded, model, optimizer, rollouts, step)}
+    return {**metrics, **learn(config, run, loaded, model, optimizer, minibatches, step)}
 
 
 def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: int) -> list:
@@ -232,13 +242,13 @@ def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: 
 
 @torch.no_grad()
 def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers) -> Rollout:
-    """Lay a minibatch of answers out, once, and let the four networks read it.
+    """Lay some answers out, once, and let the four networks read them.
 
     Learning reads the very same layout, so on the first minibatch the ratio is 1 to the last bit.
     """
     structure = common.unwrap(model.policy).config.structure
-    examples = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
-    batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+    examples = [data.Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
     batch_masks, actions_BT = masks.of_batch(structure, batch), batch.loss_mask
     targets_N = batch.targets[actions_BT]
     with run.autocast():
@@ -274,58 +284,59 @@ def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]
         r.advantages = objectives.whiten(r.advantages, (mean, var)) * r.actions
 
 
-def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, rollouts: list[Rollout],
+def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatches: list[list[Rollout]],
           step: int) -> dict:
     """Some epochs over the minibatches: an optimizer step each."""
-    updates = [(epoch, i) for epoch in range(config.epochs) for i in range(len(rollouts))]
-    sums = []
+    updates = [(epoch, i) for epoch in range(config.epochs) for i in range(len(minibatches))]
+    done = []
     for number, (epoch, i) in enumerate(updates):
-        sums.append(update(config, run, loaded, model, optimizer, rollouts[i], step * len(updates) + number))
-        if number == 0 and sums[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
-            raise common.Fault(f"on the first minibatch the ratio differs from 1 by {sums[0]['off']:.2g}: "
+        number_in_run = step * len(updates) + number
+        done.append(update(config, run, loaded, model, optimizer, minibatches[i], number_in_run))
+        if number == 0 and done[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
+            raise Fault(f"on the first minibatch the ratio differs from 1 by {done[0]['off']:.2g}: "
                                "the policy that learns is not the one that sampled")
-    means = {name: float(np.mean([s[name] for s in sums])) for name in sums[0] if name != "off"}
-    return {**means, "ratio": sums[0]["ratio"]}
+    means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
+    return {**means, "ratio": done[0]["ratio"]}
 
 
-def update(config: Config, run: common.Run, loaded: Data, model, optimizer, r: Rollout,
+def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
            number: int) -> dict[str, float]:
     """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in."""
-    counted = run.sum(r.actions.sum())
+    counted = run.sum(sum(r.actions.sum() for r in minibatch))
     mixed = config.ptx > 0 and bool(loaded.pairs)
-    with run.autocast(), common.gradients_meet(model.policy, last=not mixed):
-        logits_NV = model.policy(r.batch, r.masks, r.actions) / config.temperature
-        logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions])
-        old_logprobs_N = r.logprobs[r.actions]
-        policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
-                                                     config.ratio_clip).sum() / counted
-        (policy_loss * run.world).backward()                  # DDP averages over ranks; the loss is a sum
-    with run.autocast():
-        values_N = model.value(r.batch, r.masks, r.actions)
-        value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions], r.returns[r.actions],
-                                                   config.value_clip).sum() / counted
-        (value_loss * run.world).backward()
+    totals, off = torch.zeros(4, device=run.device), 0.0
+    for i, r in enumerate(minibatch):
+        last, old_logprobs_N = i == len(minibatch) - 1, r.logprobs[r.actions]
+        with run.autocast(), common.gradients_meet(model.policy, last=last and not mixed):
+            logits_NV = model.policy(r.batch, r.masks, r.actions) / config.temperature
+            logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions])
+            policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
+                                                         config.ratio_clip).sum()
+            (policy_loss / counted * run.world).backward()        # DDP averages over ranks; the loss is a sum
+        with run.autocast(), common.gradients_meet(model.value, last=last):
+            values_N = model.value(r.batch, r.masks, r.actions)
+            value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions], r.returns[r.actions],
+                                                       config.value_clip).sum()
+            (value_loss / counted * run.world).backward()
+        ratio_N = (logprobs_N - old_logprobs_N).detach().exp()
+        clipped = ((ratio_N - 1).abs() > config.ratio_clip).sum()
+        totals += torch.stack([policy_loss.detach(), value_loss.detach(), clipped, ratio_N.sum()])
+        off = max(off, float((ratio_N - 1).abs().max()))
     ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
              for network in (model.policy, model.value)]
-    common.check_finite(number, loss=policy_loss + value_loss + ptx_loss, gradient=sum(norms))
+    common.check_finite(number, loss=totals.sum() + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():
-        change = logprobs_N - old_logprobs_N
-        clipped = run.sum(((change.exp() - 1).abs() > config.ratio_clip).sum()) / counted
-        ratio = run.sum(change.exp().sum()) / counted
-    return {"policy_loss": float(run.sum(policy_loss.detach())),
-            "value_loss": float(run.sum(value_loss.detach())),
-            "ptx_loss": float(ptx_loss), "clip_fraction": float(clipped), "ratio": float(ratio),
-            "off": float((change.exp() - 1).abs().max())}
+    names = ("policy_loss", "value_loss", "clip_fraction", "ratio")
+    return {**dict(zip(names, (run.sum(totals) / counted).tolist())), "ptx_loss": float(ptx_loss), "off": off}
 
 
 def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -> float:
     """PPO-ptx: ptx times the loss on human answers keeps the policy from forgetting how people write."""
     structure = common.unwrap(policy).config.structure
     examples = run.mine(pairs_of_update(config, loaded, number))
-    batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+    batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
     counted = run.sum(batch.loss_mask.sum())
     with run.autocast():
         logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
@@ -355,14 +366,14 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
 
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """A few held-out prompts: what a human wrote, and what the policy makes of it."""
+    """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    prompts = [source for source, _ in examples]
+    prompts = [example.source for example in examples]
     answers = generate(common.unwrap(model.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
                        generator=torch.Generator(run.device).manual_seed(config.seed))
-    run.write_samples([(decode(source), decode(targets[0]) if targets else "", decode(answer))
-                       for (source, targets), answer in zip(examples, answers)])
+    run.write_samples([(decode(example.source), decode(sum(example.targets, [])), decode(answer))
+                       for example, answer in zip(examples, answers)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------
@@ -373,13 +384,13 @@ def main(config: Config) -> dict[str, float]:
     state = checkpoint.open_folder(run.folder, config)
     if state and state["step"] >= config.steps:
         return run.finished_before()
-    model, tokenizer = build_model(config, run)
-    loaded = load_data(config, run, tokenizer)
+    loaded = load_data(config, run)
+    model = build_model(config, run, loaded.tokenizer)
     policy, value = model.policy, model.value
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
     first = examples_of_step(config, loaded, start)[0]
-    run.print_example(loaded.tokenizer.decode(first) + "[[the policy's own answer<end>]]")
+    run.print_example(loaded.tokenizer.decode(first.source) + "[[the policy's own answer<end>]]")
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     model.policy, model.value = (common.wrap(network, run, config.compile) for network in (policy, value))
@@ -401,4 +412,4 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config, __doc__)
+    command_line.run(main, Config, __doc__)

@@ -8,18 +8,20 @@
 """
 import math
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 import torch
 
 import checkpoint
+import command_line
 import common
+import corpus
 import data
 import masks
 import model as model_file
 import objectives
 from generate import generate
+from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
 
@@ -28,8 +30,6 @@ from generate import generate
 class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     out: str = "runs/pretrain"          # run folder
-    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
     structure: str = "causal"           # causal, prefix or encdec
     objective: str = "next_token"       # next_token, prefix_lm or span_corruption
     vocab: int = 2048                   # tokens of the tokenizer trained here, special ones included
@@ -39,25 +39,29 @@ class Config:
     width: int = 128                    # width of the residual stream
     steps: int = 2200                   # optimizer steps
     batch_size: int = 4                 # sequences a step, all ranks together; here rows of `context` tokens
-    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     context: int = 256                  # tokens of a sequence at most; longer texts are cut
+    row: int = 256                      # tokens of a packed row, about: several sequences share one
     lr: float = 3e-3                    # highest learning rate
-    warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
+    warmup: int = 50                    # steps until it is reached; then a cosine down to a tenth
     source_weight: float = 0.0          # of the loss on source tokens (causal decoder alone); targets: 1
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 500               # steps between evaluations, 0: only at the end
+    eval_every: int = 300               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 500               # steps between checkpoints, 0: only at the end
+    save_every: int = 300               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
+    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
+    overwrite: bool = False             # replace the run that the folder holds
+    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto (measured), fp32, bf16
+    ranks: int = 0                      # processes on a CPU, 0: measured; on GPUs torchrun starts them
     compile: bool = False               # torch.compile the model
     tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
 
-    TINY = dict(out="runs/tiny/pretrain", vocab=512, layers=2, width=64, steps=60, context=128, warmup=10,
-                eval_every=30, eval_size=50, save_every=30)
+    TINY = dict(out="runs/tiny/pretrain", vocab=512, layers=2, width=64, steps=60, context=128, row=128,
+                warmup=10, eval_every=30, eval_size=50, save_every=30)
 
 
 # ---- 2. set-up ---------------------------------------------------------------------------------------------
@@ -70,40 +74,40 @@ def set_up(config: Config) -> common.Run:
 
 @dataclass
 class Data:
-    tokenizer: data.Tokenizer
+    tokenizer: Tokenizer
     train: list                         # what the steps draw from
     held_out: list                      # examples to evaluate on; no name occurs in both
     names: set                          # the names held out, here and in every later stage
-    objective: Callable                 # a text's tokens -> (source, target)
 
 
 def load_data(config: Config, run: common.Run) -> Data:
-    records = [r for r in data.load_records(config.data, config.tiny) if r.text or r.response]
-    train, held_out = data.split(records)
+    records = [r for r in corpus.load_records(config.data, config.tiny) if r.text or r.response]
+    train, held_out = corpus.split(records)
     tokenizer = data.tokenizer_for(train, config.vocab)
-    objective = data.objective_of(config.objective, tokenizer)
     sequences = [data.pieces(tokenizer, part, config.context) for part in (train, held_out)]
-    data.require(sequences, 1, "texts (.txt, or .jsonl with text)", config)
+    data.require(sequences, config.batch_size, config,
+                 wanted="texts (.txt, or .jsonl with text)")
     data.require_tokens(sequences[0], config.batch_size * config.context, config)
     rng = np.random.default_rng(config.seed)
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
-    chosen = [(source, [target]) for source, target in (objective(piece, rng) for piece in chosen)]
-    names = data.names_of(held_out)
+    objective = data.objective_of(config.objective, tokenizer)
+    chosen = [objective(piece, rng) for piece in chosen]
+    names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
-    return Data(tokenizer, sequences[0], chosen, names, objective)
+    return Data(tokenizer, sequences[0], chosen, names)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
     """What the step reads: pieces of text worth batch_size rows, each turned into a pair by the objective."""
     sizes = np.array([len(piece) + 1 for piece in loaded.train])
     chosen, rng = data.indices_of_step(sizes, config.batch_size * config.context, config.seed, step)
-    pairs = [loaded.objective(loaded.train[i], rng) for i in chosen]
-    return [(source, [target]) for source, target in pairs]
+    objective = data.objective_of(config.objective, loaded.tokenizer)
+    return [objective(loaded.train[i], rng) for i in chosen]
 
 
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
-def build_model(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> model_file.LanguageModel:
+def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     model = model_file.build(model_file.ModelConfig(config.structure, tokenizer.vocab, config.layers,
                                                     config.heads, config.kv_heads, config.width))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
@@ -127,12 +131,13 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
     """Nats per target token of held-out examples, and bits per byte of what was predicted."""
     nats = counted = n_bytes = 0
-    bytes_V, structure = loaded.tokenizer.bytes_per_token().to(run.device), model.config.structure
+    structure = model.config.structure
+    bytes_V = loaded.tokenizer.bytes_per_token().to(run.device)
     for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
-        batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+        batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
         targets_N = batch.targets[batch.loss_mask]
@@ -149,16 +154,16 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     """One optimizer step: lay out, mask, read, and divide the loss by what the whole step counts."""
     structure = common.unwrap(model).config.structure
     micro_batches = run.micro_batches(examples_of_step(config, loaded, step), config.micro_batch_size)
-    batches = [data.lay_out(part, structure, config.context, loaded.tokenizer) for part in micro_batches]
-    weights = [data.loss_weights(batch, structure, config.source_weight) for batch in batches]
-    counted = run.sum(sum(weights_BT.sum() for weights_BT in weights))
+    batches = [data.lay_out(part, structure, config.row, loaded.tokenizer) for part in micro_batches]
+    counted = run.sum(sum(data.loss_weights(batch, structure, config.source_weight).sum()
+                          for batch in batches))
     total = 0.0
     for i, batch in enumerate(batches):
-        batch, weights_BT = batch.to(run.device), weights[i].to(run.device)
+        batch = batch.to(run.device)
+        weights_BT = data.loss_weights(batch, structure, config.source_weight)
         where_BT = weights_BT > 0
-        batch_masks = masks.of_batch(structure, batch)
         with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            logits_NV = model(batch, batch_masks, where_BT)
+            logits_NV = model(batch, masks.of_batch(structure, batch), where_BT)
             loss = objectives.language_model_loss(logits_NV, batch.targets[where_BT], weights_BT[where_BT])
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
@@ -173,14 +178,14 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
 # ---- 8. log ------------------------------------------------------------------------------------------------
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """A few held-out examples: the source, what a human wrote, and what the model makes of it."""
+    """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    prompts = [source for source, _ in examples]
+    prompts = [example.source for example in examples]
     answers = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
                        generator=torch.Generator(run.device).manual_seed(config.seed))
-    run.write_samples([(decode(source), decode(target), decode(answer))
-                       for (source, (target,)), answer in zip(examples, answers)])
+    run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
+                       for example, answer in zip(examples, answers)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------
@@ -217,4 +222,4 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config, __doc__)
+    command_line.run(main, Config, __doc__)

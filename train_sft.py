@@ -14,12 +14,15 @@ import numpy as np
 import torch
 
 import checkpoint
+import command_line
 import common
+import corpus
 import data
 import masks
 import model as model_file
 import objectives
 from generate import generate
+from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
 
@@ -29,29 +32,31 @@ class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
-    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
     steps: int = 2400                   # optimizer steps
     batch_size: int = 32                # sequences a step, all ranks together; here pairs
-    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
+    row: int = 128                      # tokens of a packed row, about: several sequences share one
     lr: float = 3e-3                    # highest learning rate
     warmup: int = 50                    # steps until it is reached; then a cosine down to a tenth
     source_weight: float = 1.0          # of the loss on source tokens (causal decoder alone); targets: 1
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 500               # steps between evaluations, 0: only at the end
+    eval_every: int = 300               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 500               # steps between checkpoints, 0: only at the end
+    save_every: int = 300               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
+    resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
+    overwrite: bool = False             # replace the run that the folder holds
+    micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto (measured), fp32, bf16
+    ranks: int = 0                      # processes on a CPU, 0: measured; on GPUs torchrun starts them
     compile: bool = False               # torch.compile the model
     tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
 
-    TINY = dict(init="runs/tiny/pretrain", out="runs/tiny/sft", steps=60, context=128, warmup=10,
-                eval_every=30, eval_size=50, save_every=30)
+    TINY = dict(init="runs/tiny/pretrain", out="runs/tiny/sft", steps=60, warmup=10, eval_every=30,
+                eval_size=50, save_every=30)
 
 
 # ---- 2. set-up ---------------------------------------------------------------------------------------------
@@ -64,29 +69,29 @@ def set_up(config: Config) -> common.Run:
 
 @dataclass
 class Data:
-    tokenizer: data.Tokenizer
+    tokenizer: Tokenizer
     train: list                         # what the steps draw from
     held_out: list                      # examples to evaluate on; no name occurs in both
     names: set                          # the names held out, here and in every later stage
 
 
-def load_data(config: Config, run: common.Run, tokenizer: data.Tokenizer) -> Data:
-    records = [r for r in data.load_records(config.data, config.tiny) if r.response]
-    train, held_out = data.split(records, checkpoint.held_out_names(config.init))
-    sequences = [data.token_rows(tokenizer, part, ("prompt", "response"), config.context)
+def load_data(config: Config, run: common.Run) -> Data:
+    tokenizer = checkpoint.load_tokenizer(config.init, "python train_pretrain.py" + " --tiny" * config.tiny)
+    records = [r for r in corpus.load_records(config.data, config.tiny) if r.response]
+    train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
+    sequences = [data.token_rows(run, tokenizer, part, ("prompt", "response"), config.context)
                  for part in (train, held_out)]
-    data.require(sequences, config.batch_size, "pairs (.jsonl with prompt + response)", config)
-    run.print(f"{len(train) - len(sequences[0]):,} of {len(train):,} pairs are longer than {config.context} "
-              "tokens and dropped")
+    data.require(sequences, config.batch_size, config,
+                 wanted="pairs (.jsonl with prompt + response)")
     rng = np.random.default_rng(config.seed)
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
-    names = data.names_of(held_out) | checkpoint.held_out_names(config.init)
+    names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
     return Data(tokenizer, sequences[0], chosen, names)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
-    """What the step reads: batch_size pairs."""
+    """What the step reads: batch_size of the sequences."""
     sizes = np.ones(len(loaded.train), dtype=int)
     chosen, _ = data.indices_of_step(sizes, config.batch_size, config.seed, step)
     return [loaded.train[i] for i in chosen]
@@ -94,11 +99,10 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
-def build_model(config: Config, run: common.Run) -> tuple[model_file.LanguageModel, data.Tokenizer]:
-    needed = "python train_pretrain.py" + " --tiny" * config.tiny
-    model, tokenizer = checkpoint.load_model(config.init, first=needed)
+def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
+    model = checkpoint.load_model(config.init)
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
-    return model.to(run.device), tokenizer
+    return model.to(run.device)
 
 
 # ---- 5. optimizer ------------------------------------------------------------------------------------------
@@ -118,12 +122,13 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
     """Nats per target token of held-out examples, and bits per byte of what was predicted."""
     nats = counted = n_bytes = 0
-    bytes_V, structure = loaded.tokenizer.bytes_per_token().to(run.device), model.config.structure
+    structure = model.config.structure
+    bytes_V = loaded.tokenizer.bytes_per_token().to(run.device)
     for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
-        batch = data.lay_out(examples, structure, config.context, loaded.tokenizer).to(run.device)
+        batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
         targets_N = batch.targets[batch.loss_mask]
@@ -140,16 +145,16 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     """One optimizer step: lay out, mask, read, and divide the loss by what the whole step counts."""
     structure = common.unwrap(model).config.structure
     micro_batches = run.micro_batches(examples_of_step(config, loaded, step), config.micro_batch_size)
-    batches = [data.lay_out(part, structure, config.context, loaded.tokenizer) for part in micro_batches]
-    weights = [data.loss_weights(batch, structure, config.source_weight) for batch in batches]
-    counted = run.sum(sum(weights_BT.sum() for weights_BT in weights))
+    batches = [data.lay_out(part, structure, config.row, loaded.tokenizer) for part in micro_batches]
+    counted = run.sum(sum(data.loss_weights(batch, structure, config.source_weight).sum()
+                          for batch in batches))
     total = 0.0
     for i, batch in enumerate(batches):
-        batch, weights_BT = batch.to(run.device), weights[i].to(run.device)
+        batch = batch.to(run.device)
+        weights_BT = data.loss_weights(batch, structure, config.source_weight)
         where_BT = weights_BT > 0
-        batch_masks = masks.of_batch(structure, batch)
         with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            logits_NV = model(batch, batch_masks, where_BT)
+            logits_NV = model(batch, masks.of_batch(structure, batch), where_BT)
             loss = objectives.language_model_loss(logits_NV, batch.targets[where_BT], weights_BT[where_BT])
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
@@ -164,14 +169,14 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
 # ---- 8. log ------------------------------------------------------------------------------------------------
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """A few held-out examples: the source, what a human wrote, and what the model makes of it."""
+    """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    prompts = [source for source, _ in examples]
+    prompts = [example.source for example in examples]
     answers = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
                        generator=torch.Generator(run.device).manual_seed(config.seed))
-    run.write_samples([(decode(source), decode(target), decode(answer))
-                       for (source, (target,)), answer in zip(examples, answers)])
+    run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
+                       for example, answer in zip(examples, answers)])
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------
@@ -182,8 +187,8 @@ def main(config: Config) -> dict[str, float]:
     state = checkpoint.open_folder(run.folder, config)
     if state and state["step"] >= config.steps:
         return run.finished_before()
-    model, tokenizer = build_model(config, run)
-    loaded = load_data(config, run, tokenizer)
+    loaded = load_data(config, run)
+    model = build_model(config, run, loaded.tokenizer)
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
     first = examples_of_step(config, loaded, start)[0]
@@ -208,4 +213,4 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config, __doc__)
+    command_line.run(main, Config, __doc__)

@@ -7,8 +7,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data                                     # noqa: E402  (the line above makes these importable)
+import common                                   # noqa: E402  (the line above makes these importable)
+import data                                     # noqa: E402
 import model as networks                        # noqa: E402
+import tokenizer as tokenizer_file              # noqa: E402
 
 STRUCTURES = ("causal", "prefix", "encdec")
 LAYOUTS = ("packed", "padded", "candidates")
@@ -24,15 +26,15 @@ ROWS = {"packed": [[(3, [4]), (0, [5]), (2, [1])], [(4, [2]), (1, [4])]],
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """Every test has its own cache folder, the same seed and one thread."""
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> data.Tokenizer:
+def tokenizer() -> tokenizer_file.Tokenizer:
     """A byte-level BPE of twenty merges."""
-    return data.Tokenizer(data.train_bpe([TEXT], 256 + len(data.SPECIALS) + 20))
+    return tokenizer_file.Tokenizer(tokenizer_file.train_bpe([TEXT], 256 + len(tokenizer_file.SPECIALS) + 20))
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import regex
 import tiktoken
 import torch
 
+import corpus
 import data
 import labeller
+import tokenizer as tokenizer_file
 from conftest import random_examples
 
 TEXTS = ["The cat sat on the mat, and the cat's hat sat on the cat.", "def merge_rows(rows):\n    return sum(rows)\n\n\n",
@@ -17,7 +19,7 @@ TEXTS = ["The cat sat on the mat, and the cat's hat sat on the cat.", "def merge
 
 def plain_bpe(texts: list[str], n_merges: int) -> list[bytes]:
     """Byte-pair encoding with all pairs counted anew at every merge."""
-    words = Counter(word for text in texts for word in regex.findall(data.PATTERN, text))
+    words = Counter(word for text in texts for word in regex.findall(tokenizer_file.PATTERN, text))
     words = [([bytes([b]) for b in word.encode()], count) for word, count in words.items()]
     merges = []
     for _ in range(n_merges):
@@ -44,7 +46,7 @@ def plain_bpe(texts: list[str], n_merges: int) -> list[bytes]:
 
 def test_incremental_counts_give_the_plain_algorithms_merges():
     """The fast trainer and the plain loop choose the same merges in the same order."""
-    ranks = data.train_bpe(TEXTS, 256 + len(data.SPECIALS) + 40)
+    ranks = tokenizer_file.train_bpe(TEXTS, 256 + len(tokenizer_file.SPECIALS) + 40)
     assert list(ranks)[256:] == list(dict.fromkeys(plain_bpe(TEXTS, 60)))[:40]
     assert list(ranks.values()) == list(range(len(ranks)))
 
@@ -54,9 +56,9 @@ def test_tiktoken_encodes_as_by_hand_and_decodes_back(text):
     """tiktoken with our ranks = the hand-written encoder; decoding gives the text back, whatever it looks
     like.
     """
-    tokenizer = data.Tokenizer(data.train_bpe(TEXTS, 256 + len(data.SPECIALS) + 40))
+    tokenizer = tokenizer_file.Tokenizer(tokenizer_file.train_bpe(TEXTS, 256 + len(tokenizer_file.SPECIALS) + 40))
     tokens = tokenizer.encode(text)
-    assert tokens == data.encode_by_hand(text, tokenizer.ranks)
+    assert tokens == tokenizer_file.encode_by_hand(text, tokenizer.ranks)
     assert tokenizer.decode(tokens) == text and max(tokens, default=0) < len(tokenizer.ranks)
     assert int(tokenizer.bytes_per_token()[tokens].sum()) == len(text.encode())
 
@@ -66,7 +68,7 @@ def test_tokenizer_file_round_trip(tokenizer, tmp_path):
     tokens.
     """
     tokenizer.save(tmp_path / "t.tiktoken")
-    loaded = data.Tokenizer.load(tmp_path / "t.tiktoken")
+    loaded = tokenizer_file.Tokenizer.load(tmp_path / "t.tiktoken")
     assert loaded.ranks == tokenizer.ranks and loaded.sentinels == tokenizer.sentinels
     assert len({loaded.pad, loaded.bos, loaded.end}) == 3 and isinstance(loaded.encoding, tiktoken.Encoding)
 
@@ -83,7 +85,7 @@ def test_docstrings_are_found_with_their_signatures(tmp_path):
                                    'async def _sendHTTP(x, /, y, *, z):\n    """Send it: :func:`~m.f`, ``z`` times. Then rest."""\n')
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "latin.py").write_bytes(b'"""caf\xe9"""\n')
-    records = {record.name: record for record in data.load_records(str(tmp_path))}
+    records = {record.name: record for record in corpus.load_records(str(tmp_path))}
     assert records["get_item"].prompt == "def Box.get_item(self, key, *rest, flag, **options):\n# get item\n"
     assert records["get_item"].response == "Return the item of this key."
     assert records["get_item"].text.endswith("More.")
@@ -95,27 +97,27 @@ def test_docstrings_are_found_with_their_signatures(tmp_path):
 def test_scanning_twice_reads_the_cache(tmp_path, monkeypatch):
     """The second scan does not open the sources; a source that has grown is read again."""
     (tmp_path / "a.py").write_text('def f_one():\n    """Return one of it."""\n')
-    first = data.load_records(str(tmp_path))
+    first = corpus.load_records(str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "scan_file", None)
-        assert data.load_records(str(tmp_path)) == first
+        patch.setattr(corpus, "scan_file", None)
+        assert corpus.load_records(str(tmp_path)) == first
     (tmp_path / "a.py").write_text('def f_two():\n    """Return two of them."""\n')
-    assert data.load_records(str(tmp_path))[-1].name == "f_two"
+    assert corpus.load_records(str(tmp_path))[-1].name == "f_two"
 
 
 def test_same_summary_counts_once(tmp_path):
     """Of two functions with one summary only the first is a pair, and so no summary crosses the split."""
     (tmp_path / "a.py").write_text('def f_one():\n    """Return the same thing."""\ndef f_two():\n    """Return the same thing."""\n')
-    assert [record.response for record in data.load_records(str(tmp_path))] == ["Return the same thing.", None]
+    assert [record.response for record in corpus.load_records(str(tmp_path))] == ["Return the same thing.", None]
 
 
 def test_split_is_by_name_and_keeps_what_was_held_out():
     """No name on both sides; about one in twenty; names that an earlier stage held out stay held out."""
-    records = [data.Record(f"name{i % 1000}", text=str(i)) for i in range(3000)]
-    train, held_out = data.split(records)
-    assert not data.names_of(train) & data.names_of(held_out) and 20 < len(data.names_of(held_out)) < 90
-    kept = {next(iter(data.names_of(train)))}
-    assert kept <= data.names_of(data.split(records, kept)[1])
+    records = [corpus.Record(f"name{i % 1000}", text=str(i)) for i in range(3000)]
+    train, held_out = corpus.split(records)
+    assert not corpus.names_of(train) & corpus.names_of(held_out) and 20 < len(corpus.names_of(held_out)) < 90
+    kept = {next(iter(corpus.names_of(train)))}
+    assert kept <= corpus.names_of(corpus.split(records, kept)[1])
 
 
 # ---- layout ------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_an_epoch_reads_everything_once_in_an_order_of_its_own():
 
 def test_preferences_drop_ties_and_absent_answers():
     """[p, w, l] is True exactly where w is ranked before l by at least the tie."""
-    groups = [data.Group([], [[1], [2], [3]], [0.5, 0.45, 0.9], True), data.Group([], [[1], [2]], [0.0, 1.0], False)]
+    groups = [data.Example([], [[1], [2], [3]], (), (0.5, 0.45, 0.9)), data.Example([], [[1], [2]], (), (0.0, 1.0))]
     preference = data.preferences(groups, 0.08)
     expected = {(0, 2, 0), (0, 2, 1), (1, 1, 0)}
     assert {tuple(index) for index in preference.nonzero().tolist()} == expected
@@ -193,7 +195,7 @@ def test_preferences_drop_ties_and_absent_answers():
 
 def test_every_part_of_the_guideline():
     """Each part of the gold score on lines where it is plain what it should be."""
-    prompt = data.function_prompt("def convert_color_map(x):")
+    prompt = corpus.function_prompt("def convert_color_map(x):")
     assert labeller.command("Return it.") == 1 and labeller.command("Returns it.") == 0 and labeller.command("") == 0
     assert labeller.about(prompt, "Converting the colors by a map.") == 1
     assert labeller.about(prompt, "Convert it.") == pytest.approx(1 / 3)

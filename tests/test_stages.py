@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+import command_line
 import common
 import evaluate
 import generate
@@ -134,9 +135,9 @@ def test_generate_answers_from_a_run(flow, capsys):
 DRIVER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import data, test_stages, train_ppo
+import common, test_stages, train_ppo
 from pathlib import Path
-data.CACHE = Path({cache!r})
+common.CACHE = Path({cache!r})
 sampled = train_ppo.generate
 def greedy(model, prompts, tokenizer, max_new, *arguments, **options):
     return sampled(model, prompts, tokenizer, max_new, temperature=0.0)
@@ -182,7 +183,7 @@ def fails(monkeypatch, capsys, module, *flags: str) -> str:
     """Run a script with these flags; it must exit with 2 and one sentence on stderr, which is returned."""
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     with pytest.raises(SystemExit) as exit_info:
-        common.run_main(module.main, module.Config, module.__doc__)
+        command_line.run(module.main, module.Config, module.__doc__)
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error

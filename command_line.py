@@ -1,0 +1,99 @@
+"""The program around main(config): flags in, exit code out, and on a CPU as many processes as it likes best.
+
+The Config dataclass of a script is its command line: a field is a flag, the comment behind it its help.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+import hardware
+from common import apply_tiny
+from errors import Fault, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def parse(config_class, argv: list[str], description: str):
+    """--field value for every field; the comment behind a field is its help. Unknown flags are refused."""
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(config_class), re.MULTILINE))
+    parser = _Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config_class):
+        help_text = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true", default=field.default, help=help_text)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=help_text,
+                                metavar="")
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
+        near = difflib.get_close_matches(flag, flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+        raise UserError(f"unknown flag {flag}; {hint}")
+    return config_class(**vars(known))
+
+
+def run(main, config_class, description: str) -> None:
+    """Parse, start other ranks where that pays, run main(config). No traceback for a user's mistake."""
+    def stop(signum, frame):
+        raise SystemExit(_say("stopped; the same command goes on from the last checkpoint", 128 + signum))
+    signal.signal(signal.SIGTERM, stop)
+    others: list[subprocess.Popen] = []
+    try:
+        config = parse(config_class, sys.argv[1:], description)
+        if hasattr(config, "ranks") and "WORLD_SIZE" not in os.environ:
+            apply_tiny(config)
+            others = start_ranks(hardware.choose_ranks(config))
+        main(config)
+    except UserError as error:
+        sys.exit(_say(error, 2))
+    except Fault as error:
+        sys.exit(_say(error, 1))
+    except BrokenPipeError:                  # whoever read our output has seen enough
+        sys.stdout = open(os.devnull, "w")
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT))
+    except RuntimeError:
+        if not any(other.poll() for other in others):
+            raise
+        sys.exit(_say("a process of this run has died; the same command goes on from the last checkpoint", 1))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for other in others:
+            other.terminate() if sys.exc_info()[0] else other.wait()
+
+
+def start_ranks(n: int) -> list[subprocess.Popen]:
+    """Become rank 0 of n processes that all run this command, as under torchrun. Returns the others."""
+    if n == 1:
+        return []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0",
+                      LOCAL_RANK="0")
+    return [subprocess.Popen([sys.executable, *sys.argv],
+                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(1, n)]
+
+
+def _say(message, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":               # the ranks share their mistakes; one speaks for all
+        print(f"error: {message}", file=sys.stderr)
+    return code

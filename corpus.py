@@ -1,0 +1,327 @@
+"""Where the text comes from: documentation strings of the Python installation at hand, or own files (--data).
+
+The default corpus needs no download: docstrings are read with `ast`, nothing is imported. Own data is a .txt,
+a .jsonl recognised by its keys, or a .py file or folder. Either way the result is a list of Records, split by
+name into training and held-out ones.
+"""
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sysconfig
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import common
+import hardware
+from common import write_atomically
+from errors import UserError
+
+# ---- the default corpus: docstrings of the installation at hand --------------------------------------------
+
+PACKAGES = ("torch", "numpy", "tiktoken", "tqdm", "matplotlib", "pytest", "sympy", "networkx", "mpmath",
+            "fontTools", "PIL", "_pytest", "pygments", "fsspec", "mpl_toolkits", "pyparsing", "jinja2",
+            "packaging", "urllib3", "filelock", "dateutil", "requests", "typing_extensions", "contourpy",
+            "cycler", "kiwisolver", "idna", "pluggy")
+TINY_MODULES = ("argparse", "collections", "email", "json", "logging", "random", "statistics", "urllib")
+SKIPPED = {"__pycache__", "site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor"}
+
+
+@dataclass
+class Record:
+    """One piece of data. `name` decides the split; a field that the data does not have is None."""
+    name: str
+    text: str | None = None             # what pretraining reads
+    prompt: str | None = None
+    response: str | None = None         # a human answer
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+def identifier_words(identifier: str) -> list[str]:
+    """get_HTTPHeader2 -> get, http, header, 2"""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", identifier)]
+
+
+def function_prompt(signature: str) -> str:
+    """The prompt for a function: its signature and a line of its identifier's words.
+
+    >>> function_prompt("def area(width, height):")
+    'def area(width, height):\\n# area\\n'
+    """
+    name = function_name(signature)
+    return f"{signature.strip()}\n# {' '.join(identifier_words(name))}\n"
+
+
+def function_name(prompt: str) -> str:
+    """The identifier that a prompt of ours is about; empty when it is no function signature."""
+    match = re.match(r"\s*(?:async )?(?:def|class)\s+(?:\w+\.)*(\w+)", prompt)
+    return match.group(1) if match else ""
+
+
+def summary_line(docstring: str) -> str | None:
+    """The first sentence of a docstring in plain text, or None where there is none worth learning."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    paragraph = re.sub(r":[\w:+-]+:`~?([^`<]+?)(?: <[^>]*>)?`", r"`\1`", paragraph).replace("``", "`")
+    sentence = re.match(r".*?[.!?](?=\s+[A-Z`]|$)", paragraph)
+    line = sentence.group(0) if sentence else paragraph
+    is_prose = line.isascii() and line[:1].isalpha() and ">>>" not in line and "::" not in line
+    return line if is_prose and 3 <= len(line.split()) <= 20 else None
+
+
+def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
+    """Every docstring of one source file, after the signature it belongs to. A file that does not parse has
+    none.
+    """
+    path, module = path_and_module
+    found = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
+        return found
+
+    def visit(node, owner: str):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                bases = ", ".join(ast.unparse(base) for base in child.bases)
+                add(child, child.name, f"class {child.name}({bases}):")
+                visit(child, f"{child.name}.")
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                add(child, child.name, f"def {owner}{child.name}({argument_names(child.args)}):")
+                visit(child, owner)
+            else:
+                visit(child, owner)
+
+    def add(node, name: str, signature: str):
+        docstring = ast.get_docstring(node)
+        if not docstring or len(signature) > 200:
+            return
+        prompt = function_prompt(signature) if not isinstance(node, ast.Module) else f"{signature}\n"
+        is_function = signature.startswith("def") and not (name.startswith("__") and name.endswith("__"))
+        summary = summary_line(docstring) if is_function and identifier_words(name) else None
+        found.append({"name": name, "text": prompt + docstring,
+                      "prompt": prompt if summary else None, "response": summary})
+
+    add(tree, module.split(".")[-1], f"module {module}")
+    visit(tree, "")
+    return found
+
+
+def argument_names(args: ast.arguments) -> str:
+    """a, b, *rest, key, **options: names alone, without annotations and defaults."""
+    names = [arg.arg for arg in args.posonlyargs + args.args]
+    names += [f"*{args.vararg.arg}"] if args.vararg else ["*"] if args.kwonlyargs else []
+    names += [arg.arg for arg in args.kwonlyargs]
+    return ", ".join(names + ([f"**{args.kwarg.arg}"] if args.kwarg else []))
+
+
+def python_files(place: Path, module: str) -> list[tuple[str, str]]:
+    """(path, dotted module) of the sources of a package or module, in a fixed order."""
+    if place.is_file():
+        return [(str(place), module)]
+    files = []
+    for folder, inner, names in os.walk(place):
+        inner[:] = sorted(name for name in inner if name not in SKIPPED)
+        dotted = ".".join([module, *Path(folder).relative_to(place).parts]).strip(".")
+        files += [(os.path.join(folder, name), f"{dotted}.{name[:-3]}".replace(".__init__", "").strip("."))
+                  for name in sorted(names) if name.endswith(".py") and not name.startswith("test_")]
+    return files
+
+
+def corpus_files(tiny: bool) -> list[tuple[str, str]]:
+    """The sources of the default corpus that this installation has."""
+    standard = Path(sysconfig.get_paths()["stdlib"])
+    if tiny:
+        places = [(standard / name, name) for name in TINY_MODULES]
+        return [file for place, name in places
+                for file in python_files(place if place.is_dir() else place.with_suffix(".py"), name)]
+    files = python_files(standard, "")
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)        # finds, does not import
+        if spec and spec.submodule_search_locations:
+            files += python_files(Path(list(spec.submodule_search_locations)[0]), name)
+        elif spec and spec.origin:
+            files += python_files(Path(spec.origin), name)
+    return files
+
+
+def scan(files: list[tuple[str, str]]) -> list[Record]:
+    """All docstrings of these files, cached by the files' names, sizes and times."""
+    stats = [(module, os.stat(path)) for path, module in files]
+    inventory = json.dumps([[module, stat.st_size, stat.st_mtime_ns] for module, stat in stats])
+    key = hashlib.sha256(inventory.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+    cached = common.CACHE / f"docstrings-{key}.jsonl"
+    with common.rank_zero_first():
+        if not cached.exists():
+            lines = [json.dumps(row) + "\n" for row in without_doubles(scan_all(files))]
+            write_atomically(cached, "".join(lines).encode())
+        return [Record(**json.loads(line)) for line in cached.read_text(encoding="utf-8").splitlines()]
+
+
+def scan_all(files: list[tuple[str, str]]) -> list[dict]:
+    """scan_file on every file, in parallel."""
+    with ProcessPoolExecutor(hardware.cores() if len(files) > 500 else 1) as pool:
+        results = pool.map(scan_file, files, chunksize=16)
+        results = tqdm(results, total=len(files), desc="reading docstrings", leave=False, disable=None)
+        return [row for rows in results for row in rows]
+
+
+def without_doubles(found: list[dict]) -> list[dict]:
+    """The same text counts once, and of functions with the same summary only the first keeps it as a pair."""
+    texts, summaries, kept = set(), set(), []
+    for row in found:
+        if row["text"] in texts:
+            continue
+        texts.add(row["text"])
+        if row["response"] and row["response"].lower() in summaries:
+            row["prompt"] = row["response"] = None
+        summaries.add((row["response"] or "").lower())
+        kept.append(row)
+    return kept
+
+
+# ---- own data, recognised by its keys ----------------------------------------------------------------------
+
+ACCEPTED = ("text", "prompt + chosen + rejected", "chosen + rejected", "prompt + response",
+            "prompt + completion", "instruction + output", "messages", "prompt")
+TURN = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\n"}    # as hh-rlhf writes them
+
+
+def load_records(path: str, tiny: bool = False) -> list[Record]:
+    """The records of a file or folder; of the default corpus where no path is given. Faults name file and
+    line.
+    """
+    if not path:
+        return scan(corpus_files(tiny))
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"--data {path}: there is no such file")
+    if place.is_dir() or place.suffix == ".py":
+        records = scan(python_files(place, place.stem))
+    else:
+        try:
+            content = place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--data {path}: byte {error.start} is not UTF-8; convert the file") from None
+        records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
+    if not records:
+        raise UserError(f"--data {path}: it is empty")
+    return records
+
+
+def read_text(path: str, content: str) -> list[Record]:
+    """A plain text as documents: cut at blank lines into parts of a few thousand characters."""
+    parts, size = [[]], 0
+    for paragraph in re.split(r"\n\s*\n", content):
+        if size + len(paragraph) > 4000 and parts[-1]:
+            parts, size = parts + [[]], 0
+        parts[-1].append(paragraph)
+        size += len(paragraph)
+    texts = ["\n\n".join(part) for part in parts]
+    return [Record(f"{path}:{i}", text=text) for i, text in enumerate(texts) if text.strip()]
+
+
+def read_jsonl(path: str, content: str) -> list[Record]:
+    """A .jsonl file: one object a line, recognised by its keys. Faults name file and line."""
+    records = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+        try:
+            found = fields_of(row) if isinstance(row, dict) else []
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if not found:
+            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{path}:{number}: found {keys or 'no keys'}; accepted are the keys "
+                            + "; ".join(ACCEPTED))
+        for fields in found:
+            name = function_name(fields.get("prompt", "")) or fields.get("prompt") or fields["text"]
+            records.append(Record(name, **fields))
+    return records
+
+
+def fields_of(row: dict) -> list[dict[str, str]]:
+    """What a line's keys mean, as fields of Records; nothing where they are none of ACCEPTED.
+
+    A dialogue of n replies becomes n pairs, each with all that was said before as its prompt.
+    """
+    def text(name: str) -> str:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{name!r} must be a text that is not empty")
+        return row[name]
+    keys = set(row)
+    if "messages" in keys:
+        return pairs_of_dialogue(row["messages"])
+    if {"instruction", "output"} <= keys:
+        more = f"\n\n{row['input']}" if row.get("input") else ""
+        return [{"prompt": text("instruction") + more + "\n", "response": text("output")}]
+    if {"chosen", "rejected"} <= keys and "prompt" not in keys:
+        return [common_prompt(text("chosen"), text("rejected"))]
+    for names in (("text",), ("prompt", "chosen", "rejected"), ("prompt", "response"),
+                  ("prompt", "completion"), ("prompt",)):
+        if set(names) <= keys:
+            return [{name.replace("completion", "response"): text(name) for name in names}]
+    return []
+
+
+def pairs_of_dialogue(messages) -> list[dict[str, str]]:
+    """[{"role": "user", "content": "Hello"}, ...] -> a pair for every reply of the assistant."""
+    said, pairs = "", []
+    for message in messages if isinstance(messages, list) else [messages]:
+        message = message if isinstance(message, dict) else {}
+        role, content = message.get("role"), message.get("content")
+        if role not in TURN or not isinstance(content, str):
+            raise ValueError("'messages' must be a list of objects with role and content, "
+                             f"a role being one of {', '.join(TURN)}")
+        if role == "assistant":
+            pairs.append({"prompt": said + TURN[role].rstrip(" "), "response": " " + content})
+        said += TURN[role] + content
+    if not pairs:
+        raise ValueError("'messages' holds no reply of the assistant")
+    return pairs
+
+
+def common_prompt(chosen: str, rejected: str) -> dict[str, str]:
+    """Two dialogues that differ in their last reply, as hh-rlhf has them (Bai et al. 2022)."""
+    turn = TURN["assistant"].rstrip(" ")
+    at = chosen.rfind(turn) + len(turn)
+    if turn not in chosen or not rejected.startswith(chosen[:at]) or not chosen[at:].strip():
+        raise ValueError("'chosen' and 'rejected' must be one dialogue with two last replies after "
+                         f"{turn.strip()!r}; or give the prompt by itself")
+    return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
+
+
+def is_held_out(name: str) -> bool:
+    """One name in twenty belongs to the evaluation set, in every stage and on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 20 == 0
+
+
+def split(records: list[Record], kept: set[str] = frozenset()) -> tuple[list[Record], list[Record]]:
+    """(training, held out): no name occurs in both. kept: the held-out names that an earlier stage wrote
+    down.
+
+    Where the rule leaves nothing on one side (a handful of records), the last tenth is held out.
+    """
+    held = [record for record in records if record.name in kept or is_held_out(record.name)]
+    train = [record for record in records if not (record.name in kept or is_held_out(record.name))]
+    if (not held or not train) and len(records) > 1:
+        n = max(1, len(records) // 10)
+        return records[:-n], records[-n:]
+    return train, held
+
+
+def names_of(records: list[Record]) -> set[str]:
+    return {record.name for record in records}

@@ -1,0 +1,130 @@
+"""What this machine does best: device, number format, threads and ranks, chosen by timing a small layer.
+
+Names of processors tell nothing: on one CPU bf16 halves the time of a step, on another it takes ten times as
+long; on one host two threads are twice as fast as one, on the next two processes are and two threads are not.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: cuda, mps or cpu, the first that is present."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is unknown; try auto, cpu, cuda or mps") from None
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, False):
+        raise UserError(f"device {name!r} is not present on this machine; --device auto takes what is there")
+    return device
+
+
+def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
+    """Seconds of a small layer's products and attention, forward and backward; the best of several.
+
+    Attention belongs in it: on some processors bf16 halves the time of a product and doubles that of
+    attention. threads 0: as many as are set.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    x = torch.randn(1024, 128, device=device)
+    w_in = torch.randn(512, 128, device=device, requires_grad=True)
+    w_out = torch.randn(128, 512, device=device, requires_grad=True)
+    kind, lower = torch.device(device).type, dtype != torch.float32
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        with torch.autocast(kind, dtype) if lower else contextlib.nullcontext():
+            h = F.linear(F.silu(F.linear(x, w_in)), w_out)
+            heads = h.view(4, 256, 4, 32).transpose(1, 2)
+            attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        attended.float().square().mean().backward()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return min(seconds)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def recorded(config) -> dict:
+    """What a run that this one goes on with has written into its config.json; empty where there is none."""
+    path = Path(config.out) / "config.json"
+    goes_on = path.exists() and not config.overwrite and config.resume != "never"
+    return json.loads(path.read_text()) if goes_on else {}
+
+
+def choose_ranks(config) -> int:
+    """How many processes a run on a CPU is shared between.
+
+    Threads wait for each other after every product, ranks once a step. So ranks, one thread each, are taken
+    where n threads are measured to be less than 3/4 n times as fast as one. A run that goes on keeps its own.
+    """
+    if choose_device(config.device).type != "cpu":
+        return 1
+    if config.ranks or "ranks" in recorded(config):
+        return config.ranks or recorded(config)["ranks"]
+    n = max(n for n in range(1, cores() + 1) if math.gcd(config.batch_size, n) == n)
+    if n == 1 or config.tiny or "OMP_NUM_THREADS" in os.environ:
+        return 1
+    one, many = (seconds_of_a_layer(torch.float32, "cpu", threads) for threads in (1, n))
+    return n if one / many < 0.75 * n else 1
+
+
+def choose_threads(device, world: int) -> int:
+    """As many threads as this rank has cores, unless one is measured to be as fast."""
+    if "OMP_NUM_THREADS" in os.environ and world == 1:
+        return torch.get_num_threads()
+    n = max(1, cores() // world)
+    if device.type == "cpu" and n > 1:
+        one, many = (seconds_of_a_layer(torch.float32, device, threads) for threads in (1, n))
+        n = 1 if one < 0.95 * many else n
+    torch.set_num_threads(n)
+    return n
+
+
+def choose_dtype(name: str, device, before: str = "") -> tuple[torch.dtype, str]:
+    """bf16 where it is measured to be faster. Returns the dtype and the reason, in words.
+
+    before: what an interrupted run has used; it goes on with that.
+    """
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if name in names:
+        return names[name], f"{name} as asked"
+    if name != "auto":
+        raise UserError(f"dtype {name!r} is unknown; try auto, fp32 or bf16")
+    if before in names:
+        return names[before], f"{before} as before"
+    if device.type == "mps":
+        return torch.float32, "fp32 (the safe choice on mps)"
+    fp32, bf16 = (seconds_of_a_layer(dtype, device) for dtype in names.values())
+    reason = f"a layer takes {fp32 * 1e3:.2f} ms in fp32, {bf16 * 1e3:.2f} ms in bf16"
+    return (torch.bfloat16, f"bf16 ({reason})") if bf16 < 0.95 * fp32 else (torch.float32, f"fp32 ({reason})")
+
+
+def processor_name(device) -> str:
+    """The processor's own name, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return f"{match.group(1)} ({torch.backends.cpu.get_cpu_capability()})"
+    return platform.processor() or platform.machine()

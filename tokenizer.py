@@ -1,0 +1,142 @@
+"""Byte-level BPE: trained here by hand, run by tiktoken, with the hand-written encoder as its tested oracle.
+
+Text that looks like a special token is ordinary text: special tokens are put in by their ids alone.
+"""
+import base64
+import heapq
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import regex                      # comes with tiktoken
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import write_atomically
+from errors import UserError
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPECIALS = ("<pad>", "<bos>", "<end>",
+            "<mask>", "<smask>", "<gmask>", "<sop>", "<eop>",        # BART's and GLM's masks; GLM's blanks
+            "<R>", "<S>", "<X>",                                     # UL2's modes
+            *(f"<extra_{i}>" for i in range(100)))                   # T5's sentinels
+
+
+def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
+    """Byte-pair encoding (Sennrich et al. 2016, algorithm 1): merge the most frequent pair, again and again.
+
+    Returns token bytes -> rank: the 256 bytes, then one merge after another, until ranks and special tokens
+    together are `vocab`. Ties go to the pair that comes first in byte order, so that the result depends on
+    the counts alone. Pair counts are kept up to date instead of counted anew: a merge touches only the words
+    that hold the pair.
+    """
+    n_merges = vocab - 256 - len(SPECIALS)
+    if n_merges < 0:
+        raise UserError(f"vocab {vocab} is too small: 256 bytes and {len(SPECIALS)} special tokens are in it")
+    words = Counter()
+    for text in texts:
+        words.update(regex.findall(PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], count) for word, count in words.items()]
+    counts, holders = Counter(), defaultdict(set)
+    for i, (word, count) in enumerate(words):
+        for pair in zip(word, word[1:]):
+            counts[pair] += count
+            holders[pair].add(i)
+    ranks = {bytes([b]): b for b in range(256)}
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    progress = tqdm(total=n_merges, desc="tokenizer: merges", leave=False, disable=None)
+    while heap and len(ranks) < 256 + n_merges:
+        count, pair = heapq.heappop(heap)
+        if counts[pair] != -count:                  # a stale entry: its count has changed since
+            if counts[pair] > 0:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        changed = _merge_pair(words, counts, holders, pair)
+        for other in changed:
+            if counts[other] > 0:
+                heapq.heappush(heap, (-counts[other], other))
+        progress.update()
+    progress.close()
+    return ranks
+
+
+def _merge_pair(words: list, counts: Counter, holders: dict, pair: tuple) -> set:
+    """Merge `pair` in every word that holds it; returns the pairs whose count grew."""
+    grown = set()
+    for i in holders.pop(pair):
+        word, count = words[i]
+        for old in zip(word, word[1:]):
+            counts[old] -= count
+        merged, j = [], 0
+        while j < len(word):
+            step = 2 if j + 1 < len(word) and (word[j], word[j + 1]) == pair else 1
+            merged.append(b"".join(word[j:j + step]))
+            j += step
+        words[i] = (merged, count)
+        for new in zip(merged, merged[1:]):
+            counts[new] += count
+            holders[new].add(i)
+            grown.add(new)
+    counts.pop(pair, None)
+    return grown
+
+
+def encode_by_hand(text: str, ranks: dict[bytes, int]) -> list[int]:
+    """What tiktoken computes: in each word, merge the adjacent pair of lowest rank until none is left."""
+    tokens = []
+    for word in regex.findall(PATTERN, text):
+        parts = [bytes([b]) for b in word.encode()]
+        while len(parts) > 1:
+            rank, j = min((ranks.get(a + b, len(ranks)), j) for j, (a, b) in enumerate(zip(parts, parts[1:])))
+            if rank == len(ranks):
+                break
+            parts[j:j + 2] = [parts[j] + parts[j + 1]]
+        tokens += [ranks[part] for part in parts]
+    return tokens
+
+
+class Tokenizer:
+    """A tiktoken.Encoding and the ids of the special tokens. Text that looks like a special token is ordinary
+    text.
+    """
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self.ranks = ranks
+        specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+        self.encoding = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks,
+                                          special_tokens=specials)
+        self.vocab = len(ranks) + len(SPECIALS)
+        self.specials = specials                                     # name -> id
+        self.pad, self.bos, self.end = (specials[name] for name in ("<pad>", "<bos>", "<end>"))
+        self.sentinels = [specials[f"<extra_{i}>"] for i in range(100)]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer: without the end token and what may follow it."""
+        tokens = list(tokens)
+        return self.encoding.decode(tokens[:tokens.index(self.end)] if self.end in tokens else tokens)
+
+    def bytes_per_token(self) -> Tensor:
+        """(V,) how many bytes of text each token stands for; a special token stands for none."""
+        sizes = torch.zeros(self.vocab, dtype=torch.long)
+        for token, rank in self.ranks.items():
+            sizes[rank] = len(token)
+        return sizes
+
+    def save(self, path: Path) -> None:
+        lines = (base64.b64encode(token) + b" %d" % rank for token, rank in self.ranks.items())
+        write_atomically(path, b"\n".join(lines) + b"\n")
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        lines = (line.split() for line in Path(path).read_bytes().splitlines())
+        return Tokenizer({base64.b64decode(token): int(rank) for token, rank in lines})
