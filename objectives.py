@@ -61,11 +61,12 @@ def span_corruption(text: list[int], rng: np.random.Generator, sentinels: list[i
     """T5's denoising (Raffel et al. 2020, section 3.1.4 and figure 2).
 
     15 % of the tokens are noise, in spans of mean length 3. Noise and kept tokens are each cut into as many
-    random segments and interleaved, a kept one first. Source: each noise span replaced by its sentinel.
-    Target: every sentinel followed by its span, and the next sentinel at the end. Source and target together
-    give the text back. A text of fewer than two tokens cannot be corrupted: it becomes the target of an empty
-    source. Raises ValueError when the text needs more spans than there are sentinels. The paper's other
-    rates (table 6: 10, 25, 50 %) and mean lengths (table 7: 2, 5, 10) are the last two arguments.
+    random segments and interleaved, a kept one first: noise ends the text, and a single span is its end.
+    Source: each noise span replaced by its sentinel. Target: every sentinel followed by its span, and the
+    next sentinel at the end. Source and target together give the text back. A text of fewer than two tokens
+    cannot be corrupted: it becomes the target of an empty source. Raises ValueError when the text needs more
+    spans than there are sentinels. The paper's other rates (table 6: 10, 25, 50 %) and mean lengths (table 7:
+    2, 5, 10) are the last two arguments.
     """
     if len(text) < 2:
         return Pair([], text)
@@ -283,8 +284,8 @@ def ul2(text: list[int], rng: np.random.Generator, sentinels: list[int], modes: 
     modelling: the last tokens of the text, uniformly many around their mean r L, are the target as they are,
     without a sentinel (the code of appendix 9.2). The token of the mode comes first in the source. U_PALM is
     UL2R's mixture (Tay et al. 2022b, section 2.3): S 50 %, R 25 %, X 25 %, "mean length of 32 OR a corruption
-    rate of up to 50 %".
-    A text of fewer than two tokens is left whole behind its mode; too few sentinels: see span_corruption.
+    rate of up to 50 %". A text of fewer than two tokens is left whole behind its mode; too few sentinels: see
+    span_corruption.
     """
     mode, density, mean_span = denoisers[int(rng.integers(len(denoisers)))]
     if mean_span is None:

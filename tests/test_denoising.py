@@ -287,11 +287,12 @@ def test_glm_input_and_labels_are_filters_of_the_target():
 
 
 def test_glm_spans_are_short_and_shuffled():
-    """15 % of the tokens, rounded up; the order of three blanks is any of six, equally often."""
+    """15 % of the tokens, rounded up; none is empty; three come in any of six orders, equally often."""
     orders = Counter()
     for seed in range(6000):
-        pair = OBJECTIVES["glm_spans"](list(range(60)), np.random.default_rng(seed))
-        assert len(pair.target) - 2 * len(pair.blanks) == 9 and pair.source.count(MASK) == len(pair.blanks)
+        pair = OBJECTIVES["glm_spans"](list(range(61)), np.random.default_rng(seed))
+        assert len(pair.target) - 2 * len(pair.blanks) == 10 and pair.source.count(MASK) == len(pair.blanks)
+        assert (SOP, EOP) not in zip(pair.target, pair.target[1:])
         if len(pair.blanks) == 3:
             orders[tuple(np.argsort(pair.blanks).tolist())] += 1
     assert len(orders) == 6 and spread_is_even(list(orders.values()))
@@ -386,8 +387,9 @@ def test_ul2_needs_sentinels_for_its_densest_denoiser():
 
 def test_picture():
     """One text, its words as tokens, before and after every objective (shown by pytest -s)."""
-    words = ("A mask says who may attend to whom . The source is read in both directions . "
-             "The target is written word by word . Nothing else differs .").split()
+    words = ("A mask says who may attend to whom . The source is read in both directions . The target is "
+             "written word by word . An objective says what is source and what target . That is all ."
+             ).split()
     names = {**{-1 - i: word for i, word in enumerate(dict.fromkeys(words))},
              **{token: f"<{i}>" for i, token in enumerate(SENTINELS)},
              **{token: f"[{mode}]" for mode, token in MODES.items()},
