@@ -6,19 +6,29 @@ masks it (data.py, masks.py). A loss turns a model's outputs into a number; noth
 Tensors of shape (B, T) are packed rows: several documents in one row, told apart by the masks that are passed
 in.
 """
+import math
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[list[int], list[int]]
-
-
 # ---- text -> (source, target) ------------------------------------------------------------------------------
+# An objective is a function (text, rng, special tokens, constants of its paper) -> Pair. With the tokens
+# bound by functools.partial it is called as objective(text, rng).
+
+
+class Pair(NamedTuple):
+    """blanks, of GLM alone: for each span of the target, in its order, the index in `source` of its mask."""
+    source: list[int]
+    target: list[int]
+    blanks: tuple[int, ...] = ()
+
 
 def next_token(text: list[int], rng: np.random.Generator) -> Pair:
     """The empty source and the whole text: p(x) = prod_t p(x_t | x_<t) (GPT: Radford et al. 2018, eq. 1)."""
-    return [], text
+    return Pair([], text)
 
 
 def prefix_lm(text: list[int], rng: np.random.Generator) -> Pair:
@@ -28,7 +38,7 @@ def prefix_lm(text: list[int], rng: np.random.Generator) -> Pair:
     At least one token stays in the target, so a text of one token has the empty source.
     """
     split = int(rng.integers(0, max(1, len(text))))
-    return text[:split], text[split:]
+    return Pair(text[:split], text[split:])
 
 
 def random_segments(n_items: int, n_segments: int, rng: np.random.Generator) -> np.ndarray:
@@ -51,13 +61,15 @@ def span_corruption(text: list[int], rng: np.random.Generator, sentinels: list[i
     """T5's denoising (Raffel et al. 2020, section 3.1.4 and figure 2).
 
     15 % of the tokens are noise, in spans of mean length 3. Noise and kept tokens are each cut into as many
-    random segments and interleaved, a kept one first. Source: each noise span replaced by its sentinel.
-    Target: every sentinel followed by its span, and the next sentinel at the end. Source and target together
-    give the text back. A text of fewer than two tokens cannot be corrupted: it becomes the target of an empty
-    source. Raises ValueError when the text needs more spans than there are sentinels.
+    random segments and interleaved, a kept one first: noise ends the text, and a single span is its end.
+    Source: each noise span replaced by its sentinel. Target: every sentinel followed by its span, and the
+    next sentinel at the end. Source and target together give the text back. A text of fewer than two tokens
+    cannot be corrupted: it becomes the target of an empty source. Raises ValueError when the text needs more
+    spans than there are sentinels. The paper's other rates (table 6: 10, 25, 50 %) and mean lengths (table 7:
+    2, 5, 10) are the last two arguments.
     """
     if len(text) < 2:
-        return [], text
+        return Pair([], text)
     n_noise, n_spans = n_noise_spans(len(text), density, mean_span)
     if n_spans + 1 > len(sentinels):
         raise ValueError(f"{n_spans} spans need {n_spans + 1} sentinels; there are {len(sentinels)}: "
@@ -68,7 +80,220 @@ def span_corruption(text: list[int], rng: np.random.Generator, sentinels: list[i
         source += text[at:at + n_kept] + [sentinel]
         target += [sentinel] + text[at + n_kept:at + n_kept + n_span]
         at += n_kept + n_span
-    return source, target + [sentinels[n_spans]]
+    return Pair(source, target + [sentinels[n_spans]])
+
+
+def raw_length(input_length: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
+    """(raw, target): how many tokens of text fill an input of that length without padding, and how long the
+    target then is (T5's code, `random_spans_helper`).
+
+    The input holds the source and one token more: <bos> here, the end token in T5. The target ends with the
+    closing sentinel here, with the end token in T5's code. It may not grow longer than the input.
+    """
+    def lengths(raw: int) -> tuple[int, int]:
+        n_noise, n_spans = n_noise_spans(raw, density, mean_span)
+        return raw - n_noise + n_spans + 1, n_noise + n_spans + 1
+
+    raw = input_length - 1
+    while max(lengths(raw + 1)) <= input_length:
+        raw += 1
+    return raw, lengths(raw)[1]
+
+
+# BART and GLM: spans of Poisson length, each replaced by one mask
+
+def poisson_spans(length: int, n_noise: int, mean_span: float, shortest: int,
+                  rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(start, end) of spans that hold n_noise of the tokens, from left to right.
+
+    Lengths are drawn from Poisson(mean_span), those below `shortest` again; the last is cut to fit, as in
+    BART's code (GLM's lets it run over). Between two spans lies at least one kept token, as in GLM's code;
+    all such places are equally likely. Spans that find no kept token between them are given up: those of a
+    tiny text, or of a share far above one half.
+    """
+    lengths, missing = [], n_noise
+    while missing:
+        drawn = min(int(rng.poisson(mean_span)), missing)
+        if drawn >= shortest:
+            lengths.append(drawn)
+            missing -= drawn
+    # subtle: in the order drawn, the one that was cut would always be the last of the text
+    lengths = rng.permutation(lengths).astype(int)[:length - n_noise + 1]
+    n_kept = length - int(lengths.sum())
+    kept_before = np.sort(rng.choice(n_kept + 1, len(lengths), replace=False))
+    ends = kept_before + np.cumsum(lengths)
+    return list(zip((ends - lengths).tolist(), ends.tolist()))
+
+
+def blank_out(text: list[int], spans: list[tuple[int, int]], mask: int) -> tuple[list[int], list[int]]:
+    """(the text with one mask in place of each span, the index of each mask in it)."""
+    source, places, at = [], [], 0
+    for start, end in spans:
+        source += text[at:start]
+        places.append(len(source))
+        source.append(mask)
+        at = end
+    return source + text[at:], places
+
+
+def sentences(text: list[int], ends: set[int]) -> list[tuple[int, int]]:
+    """(start, end) of the sentences; one goes on through all the tokens of `ends` that close it."""
+    starts = [i for i in range(1, len(text)) if text[i - 1] in ends and text[i] not in ends]
+    return list(zip([0] + starts, starts + [len(text)]))
+
+
+def text_infilling(text: list[int], rng: np.random.Generator, mask: int, density: float = 0.3,
+                   mean_span: float = 3.0) -> Pair:
+    """BART's best noise (Lewis et al. 2020, section 2.2): Poisson(3) spans, each replaced by one mask.
+
+    30 % of the tokens (section 5.1), rounded up; a span of length 0 inserts a mask where nothing is missing.
+    Target: the text. The paper says lambda = 3; the arguments that its authors posted say 3.5, and replace a
+    tenth of the masks by random tokens, which is left out here.
+    """
+    spans = poisson_spans(len(text), math.ceil(density * len(text)), mean_span, 0, rng)
+    return Pair(blank_out(text, spans, mask)[0], text)
+
+
+def sentence_permutation(text: list[int], rng: np.random.Generator, ends: set[int]) -> Pair:
+    """The sentences in random order (Lewis et al. 2020, section 2.2). ends: tokens that end a sentence."""
+    spans = sentences(text, ends)
+    return Pair([token for i in rng.permutation(len(spans)) for token in text[slice(*spans[i])]], text)
+
+
+def bart(text: list[int], rng: np.random.Generator, mask: int, ends: set[int], density: float = 0.3,
+         mean_span: float = 3.0) -> Pair:
+    """What BART was trained with: its sentences permuted, then infilling (Lewis et al. 2020, section 5.1)."""
+    permuted = sentence_permutation(text, rng, ends).source
+    return Pair(text_infilling(permuted, rng, mask, density, mean_span).source, text)
+
+
+def token_masking(text: list[int], rng: np.random.Generator, mask: int, density: float = 0.15) -> Pair:
+    """Each token is masked with probability density: BERT's 15 %, as Lewis et al. 2020, section 2.2, name no
+    rate.
+    """
+    hit = rng.random(len(text)) < density
+    return Pair([mask if h else token for token, h in zip(text, hit.tolist())], text)
+
+
+def token_deletion(text: list[int], rng: np.random.Generator, density: float = 0.15) -> Pair:
+    """Tokens are left out, and no mask says where (Lewis et al. 2020, section 2.2; rate as above)."""
+    hit = rng.random(len(text)) < density
+    return Pair([token for token, h in zip(text, hit.tolist()) if not h], text)
+
+
+def document_rotation(text: list[int], rng: np.random.Generator) -> Pair:
+    """The text begins at a uniformly drawn token, what was before comes last (Lewis et al. 2020, section
+    2.2).
+    """
+    start = int(rng.integers(0, max(1, len(text))))
+    return Pair(text[start:] + text[:start], text)
+
+
+def keep_end(text: list[int], rng: np.random.Generator, noise, end: int) -> Pair:
+    """BART's noises (noise: one of the above) spare a final end token: it would give away the last sentence,
+    or where a rotated text began.
+    """
+    if text[-1:] != [end]:
+        return noise(text, rng)
+    source, target, _ = noise(text[:-1], rng)
+    return Pair(source + [end], target + [end])
+
+
+def glm_pair(text: list[int], rng: np.random.Generator, spans: list[tuple[int, int]], mask: int, sop: int,
+             eop: int) -> Pair:
+    """GLM's autoregressive blank infilling (Du et al. 2022, section 2.1.1), for given blanks.
+
+    Source: the text, one mask in place of each span. Target: the spans in random order, each between sop and
+    eop (the paper's [START] and [END]), for instance
+
+        target   sop s1 s2 eop sop t1 eop
+        input    sop s1 s2     sop t1          without eop: nothing follows it
+        labels       s1 s2 eop     t1 eop      without sop: nobody predicts it
+
+    so the layout has input and labels as two filters of one list. Pair.blanks gives each span's first
+    position (section 2.2.1): that of its mask in the source.
+    """
+    source, places = blank_out(text, spans, mask)
+    order = rng.permutation(len(spans)).tolist()
+    target = [token for i in order for token in (sop, *text[slice(*spans[i])], eop)]
+    return Pair(source, target, tuple(places[i] for i in order))
+
+
+def glm_spans(text: list[int], rng: np.random.Generator, mask: int, sop: int, eop: int,
+              density: float = 0.15, mean_span: float = 3.0) -> Pair:
+    """[MASK]: short spans, Poisson(3), in all at least 15 % of the tokens (Du et al. 2022, section 2.1.1)."""
+    spans = poisson_spans(len(text), math.ceil(density * len(text)), mean_span, 1, rng)
+    return glm_pair(text, rng, spans, mask, sop, eop)
+
+
+def glm_sentences(text: list[int], rng: np.random.Generator, smask: int, sop: int, eop: int, ends: set[int],
+                  density: float = 0.15) -> Pair:
+    """[sMASK]: whole sentences, one after another until 15 % of the tokens are blanks (section 2.1.2)."""
+    spans, chosen, n_noise = sentences(text, ends), [], 0
+    for i in rng.permutation(len(spans)).tolist():
+        chosen.append(spans[i])
+        n_noise += spans[i][1] - spans[i][0]
+        if n_noise >= density * len(text):
+            break
+    return glm_pair(text, rng, sorted(chosen), smask, sop, eop)
+
+
+def glm_document(text: list[int], rng: np.random.Generator, gmask: int, sop: int, eop: int,
+                 shortest: float = 0.5) -> Pair:
+    """[gMASK]: the end of the text, uniformly 50 to 100 % of it (Du et al. 2022, section 2.1.2).
+
+    The paper leaves open where its one span lies; GLM-130B's is the end, and so is ours. Their code has no
+    eop after it. The empty text has an empty blank.
+    """
+    least = min(len(text), max(1, math.ceil(shortest * len(text))))
+    start = len(text) - int(rng.integers(least, len(text) + 1))
+    return glm_pair(text, rng, [(start, len(text))], gmask, sop, eop)
+
+
+def glm_10b(text: list[int], rng: np.random.Generator, mask: int, smask: int, gmask: int, sop: int, eop: int,
+            ends: set[int]) -> Pair:
+    """GLM-10B's mixture (its published configuration): 50 % [MASK], 30 % [sMASK], 20 % [gMASK] of at least a
+    quarter.
+    """
+    draw = rng.random()
+    if draw < 0.5:
+        return glm_spans(text, rng, mask, sop, eop)
+    if draw < 0.8:
+        return glm_sentences(text, rng, smask, sop, eop, ends)
+    return glm_document(text, rng, gmask, sop, eop, shortest=0.25)
+
+
+def glm_130b(text: list[int], rng: np.random.Generator, mask: int, gmask: int, sop: int, eop: int) -> Pair:
+    """GLM-130B's mixture (Zeng et al. 2023, section 2.2): 30 % [MASK], 70 % [gMASK] of any length."""
+    if rng.random() < 0.3:
+        return glm_spans(text, rng, mask, sop, eop)
+    return glm_document(text, rng, gmask, sop, eop, shortest=0.0)
+
+
+# UL2's denoisers: mode, density r, mean span mu (None: one span, at the end of the text)
+UL2 = (("R", 0.15, 3), ("R", 0.15, 8), ("S", 0.25, None),
+       ("X", 0.5, 3), ("X", 0.5, 8), ("X", 0.15, 64), ("X", 0.5, 64))
+U_PALM = 4 * (("S", 0.5, None),) + 2 * (("R", 0.15, 3),) + (("X", 0.15, 32), ("X", 0.5, 3))
+
+
+def ul2(text: list[int], rng: np.random.Generator, sentinels: list[int], modes: dict[str, int],
+        denoisers: tuple = UL2) -> Pair:
+    """UL2's mixture of denoisers (Tay et al. 2022a, section 3.1.2 and table 1), its rows equally likely.
+
+    R is T5's span corruption, X the same with half of the text or long spans missing, S prefix language
+    modelling: the last tokens of the text, uniformly many around their mean r L, are the target as they are,
+    without a sentinel (the code of appendix 9.2). The token of the mode comes first in the source. U_PALM is
+    UL2R's mixture (Tay et al. 2022b, section 2.3): S 50 %, R 25 %, X 25 %, "mean length of 32 OR a corruption
+    rate of up to 50 %". A text of fewer than two tokens is left whole behind its mode; too few sentinels: see
+    span_corruption.
+    """
+    mode, density, mean_span = denoisers[int(rng.integers(len(denoisers)))]
+    if mean_span is None:
+        n = int(rng.integers(1, max(2, round(2 * density * len(text)))))
+        pair = Pair(text[:-n], text[-n:])
+    else:
+        pair = span_corruption(text, rng, sentinels, density, mean_span)
+    return Pair([modes[mode]] + pair.source, pair.target)
 
 
 # ---- losses ------------------------------------------------------------------------------------------------

@@ -23,18 +23,18 @@ def test_next_token_is_the_whole_text():
     """The source is empty, the target the text."""
     rng = np.random.default_rng(0)
     for n in (0, 1, 7):
-        assert objectives.next_token(list(range(n)), rng) == ([], list(range(n)))
+        assert objectives.next_token(list(range(n)), rng) == objectives.Pair([], list(range(n)))
 
 
 def test_prefix_lm_splits_anywhere_but_at_the_end():
     """Source + target is the text, the target is never empty, all splits are equally likely."""
     rng, splits = np.random.default_rng(0), Counter()
     for _ in range(3000):
-        source, target = objectives.prefix_lm(list(range(6)), rng)
+        source, target, _ = objectives.prefix_lm(list(range(6)), rng)
         assert source + target == list(range(6)) and target
         splits[len(source)] += 1
     assert sorted(splits) == [0, 1, 2, 3, 4, 5] and spread_is_even(list(splits.values()))
-    assert objectives.prefix_lm([5], rng) == ([], [5])
+    assert objectives.prefix_lm([5], rng) == objectives.Pair([], [5])
 
 
 def test_random_segments_are_compositions():
@@ -88,7 +88,7 @@ def test_span_corruption_loses_nothing(density, mean_span):
         for seed in range(5):
             text = np.random.default_rng(seed).integers(0, 50, length).tolist()
             rng = np.random.default_rng((length, seed))
-            source, target = objectives.span_corruption(text, rng, SENTINELS, density, mean_span)
+            source, target, _ = objectives.span_corruption(text, rng, SENTINELS, density, mean_span)
             n_noise, n_spans = objectives.n_noise_spans(length, density, mean_span)
             assert restored(source, target) == text
             assert [token for token in source if token in SENTINELS] == SENTINELS[:n_spans]
@@ -106,7 +106,8 @@ def test_span_corruption_draws_from_its_rng_alone():
     pairs = [objectives.span_corruption(text, np.random.default_rng(seed), SENTINELS) for seed in (1, 1, 2)]
     assert pairs[0] == pairs[1] != pairs[2]
     for short in ([], [7]):
-        assert objectives.span_corruption(short, np.random.default_rng(0), SENTINELS) == ([], short)
+        pair = objectives.span_corruption(short, np.random.default_rng(0), SENTINELS)
+        assert pair == objectives.Pair([], short)
 
 
 def test_span_corruption_needs_a_sentinel_per_span_and_one():
