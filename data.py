@@ -2,9 +2,9 @@
 
     Record --encode--> tokens --objective--> (source, target) --lay_out--> Batch --masks.of_batch--> model
 """
-import functools
 import hashlib
 from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -84,11 +84,11 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
 
 def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
     """The largest example first, each to the row with the least load (the larger of its two shares)."""
-    shares = (sizes / sizes.sum(0)).tolist()
-    loads, rows = [[0.0] * sizes.shape[1] for _ in range(n_rows)], [[] for _ in range(n_rows)]
-    for i in sorted(range(len(sizes)), key=lambda i: -max(shares[i])):
-        row = min(range(n_rows), key=lambda r: max(load + share for load, share in zip(loads[r], shares[i])))
-        loads[row] = [load + share for load, share in zip(loads[row], shares[i])]
+    shares = sizes / sizes.sum(0)
+    loads, rows = np.zeros((n_rows, sizes.shape[1])), [[] for _ in range(n_rows)]
+    for i in np.argsort(-shares.max(1), kind="stable").tolist():
+        row = int((loads + shares[i]).max(1).argmin())
+        loads[row] += shares[i]
         rows[row].append(i)
     return rows
 
@@ -98,73 +98,74 @@ def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer:
     encdec = structure == "encdec"
     lengths = [(1 + len(source), sum(map(len, targets)), len(targets)) for source, targets, *_ in examples]
     packed = balanced_rows([(s, t + k) if encdec else (s + t,) for s, t, k in lengths], row_length)
-    decoder, encoder = [_Row() for _ in packed], [_Row() for _ in packed]
-    for row, source_row, chosen in zip(decoder, encoder if encdec else decoder, packed):
+    decoder, encoder = _Rows(len(packed), tokenizer), _Rows(len(packed), tokenizer)
+    for b, chosen in enumerate(packed):
         for i in chosen:
             source, targets, blanks = Example(*examples[i])[:3]
             first = targets[0][0] if targets and targets[0] and not blanks else None
-            source_row.add_source(i, [tokenizer.bos] + source, follows=None if encdec else first)
+            (encoder if encdec else decoder).add_source(b, i, source, follows=None if encdec else first)
             for k, target in enumerate(targets, start=1):
-                row.add_target(i, k, target, blanks, 0 if encdec else len(source), tokenizer, begin=encdec)
-    columns = _tensors(decoder, tokenizer.pad)
+                decoder.add_target(b, i, k, target, blanks, 0 if encdec else len(source), begin=encdec)
+    columns = decoder.tensors()
     columns["positions"] = columns["positions_2d"].sum(0)
     if encdec:
-        of_source = _tensors(encoder, tokenizer.pad)
+        of_source = encoder.tensors()
         columns |= {"source": of_source["tokens"], "source_document": of_source["document"],
                     "source_positions": of_source["positions_2d"][0]}
     one_per_row = all(len(chosen) == 1 for chosen in packed) and all(k == 1 for _, _, k in lengths)
     return Batch(**columns, one_per_row=one_per_row)
 
 
-class _Row:
-    """A row of tokens under construction: a list a column, one entry a token."""
+class _Rows:
+    """Packed rows under construction: pieces of them, and the columns of each piece, one entry a token."""
 
-    def __init__(self):
-        names = "tokens targets loss_mask source_mask place block document part last"
-        self.columns = {name: [] for name in names.split()}
+    def __init__(self, n_rows: int, tokenizer: Tokenizer):
+        self.filler = {"tokens": tokenizer.pad, "targets": 0, "loss_mask": False, "source_mask": False,
+                       "place": 0, "block": 0, "document": -1, "part": 0, "last": False}
+        self.ends, self.pieces, self.tokenizer = [0] * n_rows, [], tokenizer
 
-    def add(self, **columns: list) -> None:
-        for name, values in columns.items():
-            self.columns[name] += values
+    def add(self, row: int, n: int, **columns) -> None:
+        """A piece of n tokens at the end of a row. A column is a list, or a value for all of them."""
+        self.pieces.append((row, slice(self.ends[row], self.ends[row] + n), columns))
+        self.ends[row] += n
 
-    def add_source(self, document: int, tokens: list[int], follows: int | None) -> None:
+    def add_source(self, row: int, document: int, source: list[int], follows: int | None) -> None:
         """follows: the first token of the target, which the last source token predicts, or None."""
-        n, counted = len(tokens), follows is not None
-        self.add(tokens=tokens, targets=tokens[1:] + [follows or 0], source_mask=[True] * (n - 1) + [False],
-                 loss_mask=[False] * (n - 1) + [counted], place=list(range(n)), block=[0] * n,
-                 document=[document] * n, part=[0] * n, last=[False] * n)
+        n, counted = 1 + len(source), follows is not None
+        self.add(row, n, tokens=[self.tokenizer.bos] + source, targets=source + [follows or 0],
+                 source_mask=[True] * (n - 1) + [False], loss_mask=[False] * (n - 1) + [counted],
+                 place=range(n), document=document)
 
-    def add_target(self, document: int, part: int, target: list[int], blanks: tuple, start: int,
-                   tokenizer: Tokenizer, begin: bool) -> None:
-        """start: the place of the last source token. begin: with <bos> in front, as a decoder has it.
+    def add_target(self, row: int, document: int, part: int, target: list[int], blanks: tuple, start: int,
+                   begin: bool) -> None:
+        """start: the place of the last source token. begin: with <bos> in front, as a decoder of its own.
 
         A target of blanks holds <sop> span <eop> for each. It reads no <eop> and predicts no <sop>; a span
         stands at the place of its mask (GLM, Du et al. 2022, section 2.1).
         """
         if blanks:
-            tokens = [token for token in target if token != tokenizer.specials["<eop>"]]
-            following = [token for token in target if token != tokenizer.specials["<sop>"]]
-            spans = np.cumsum([token == tokenizer.specials["<sop>"] for token in tokens]) - 1
-            place = [blanks[span] + 1 for span in spans]
+            sop, eop = self.tokenizer.specials["<sop>"], self.tokenizer.specials["<eop>"]
+            tokens, following = [t for t in target if t != eop], [t for t in target if t != sop]
+            place = [blanks[span] + 1 for span in np.cumsum([token == sop for token in tokens]) - 1]
             block = [i - place.index(at) + 1 for i, at in enumerate(place)]
         else:
-            tokens = [tokenizer.bos] * begin + target
-            following, place = tokens[1:], [start] * len(tokens)
-            block = list(range(1 - begin, 1 - begin + len(tokens)))
-        n, n_following = len(tokens), len(following)
-        self.add(tokens=tokens, targets=following + [0] * (n - n_following), source_mask=[False] * n,
-                 loss_mask=[True] * n_following + [False] * (n - n_following), place=place, block=block,
-                 document=[document] * n, part=[part] * n, last=([False] * (n - 1) + [True])[:n])
+            tokens, place = [self.tokenizer.bos] * begin + target, start
+            following, block = tokens[1:], range(1 - begin, 1 - begin + len(tokens))
+        n, counted = len(tokens), len(following)
+        self.add(row, n, tokens=tokens, targets=following + [0] * (n - counted), place=place, block=block,
+                 loss_mask=[True] * counted + [False] * (n - counted), document=document, part=part,
+                 last=[False] * (n - 1) + [True] if n else [])
 
-
-def _tensors(rows: list[_Row], pad: int) -> dict[str, Tensor]:
-    """The columns of all rows as (B, T) tensors, padded on the right."""
-    T = max(len(row.columns["tokens"]) for row in rows)
-    filler = {"tokens": pad, "document": -1, "loss_mask": False, "source_mask": False, "last": False}
-    found = {name: torch.tensor([row.columns[name] + [filler.get(name, 0)] * (T - len(row.columns[name]))
-                                 for row in rows]) for name in rows[0].columns}
-    positions_2d = torch.stack((found.pop("place"), found.pop("block")))
-    return {**found, "positions_2d": positions_2d}
+    def tensors(self) -> dict[str, Tensor]:
+        """Every column (B, T), padded on the right; place and block as positions_2d (2, B, T)."""
+        shape = (len(self.ends), max(self.ends))
+        arrays = {name: np.full(shape, value) for name, value in self.filler.items()}
+        for row, where, columns in self.pieces:
+            for name, value in columns.items():
+                arrays[name][row, where] = value
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        positions_2d = torch.stack((tensors.pop("place"), tensors.pop("block")))
+        return {**tensors, "positions_2d": positions_2d}
 
 
 def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:
@@ -188,7 +189,7 @@ def show_ranking(example: Example, tokenizer: Tokenizer) -> str:
 
 # ---- which examples a step reads: a pure function of (seed, step), so that resuming needs no state ---------
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
@@ -210,16 +211,43 @@ def indices_of_step(sizes: np.ndarray, budget: int, seed: int,
 
 # ---- tokens of a corpus ------------------------------------------------------------------------------------
 
-def objective_of(name: str, tokenizer: Tokenizer) -> Callable:
-    """The function (tokens of a text, generator) -> Example of that name in objectives.py."""
-    known = {"next_token": objectives.next_token, "prefix_lm": objectives.prefix_lm,
-             "span_corruption": functools.partial(objectives.span_corruption, sentinels=tokenizer.sentinels)}
+def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
+    """The function (tokens of a text, generator) -> Example of that name in objectives.py, given this
+    tokenizer's special tokens. Texts have fewer than `context` tokens.
+    """
+    mask, smask, gmask, sop, eop = (tokenizer.specials[word] for word in
+                                    ("<mask>", "<smask>", "<gmask>", "<sop>", "<eop>"))
+    modes, ends = {mode: tokenizer.specials[f"<{mode}>"] for mode in "RSX"}, tokenizer.sentence_ends()
+    sentinels, o = tokenizer.sentinels, objectives
+
+    def bart(noise: Callable, **tokens) -> Callable:
+        return partial(o.keep_end, noise=partial(noise, **tokens), end=tokenizer.end)
+    known = {"next_token": o.next_token,
+             "prefix_lm": o.prefix_lm,
+             "span_corruption": partial(o.span_corruption, sentinels=sentinels),
+             "bart": bart(o.bart, mask=mask, ends=ends),
+             "text_infilling": bart(o.text_infilling, mask=mask),
+             "sentence_permutation": bart(o.sentence_permutation, ends=ends),
+             "token_masking": bart(o.token_masking, mask=mask),
+             "token_deletion": bart(o.token_deletion),
+             "document_rotation": bart(o.document_rotation),
+             "glm_spans": partial(o.glm_spans, mask=mask, sop=sop, eop=eop),
+             "glm_sentences": partial(o.glm_sentences, smask=smask, sop=sop, eop=eop, ends=ends),
+             "glm_document": partial(o.glm_document, gmask=gmask, sop=sop, eop=eop),
+             "glm_10b": partial(o.glm_10b, mask=mask, smask=smask, gmask=gmask, sop=sop, eop=eop, ends=ends),
+             "glm_130b": partial(o.glm_130b, mask=mask, gmask=gmask, sop=sop, eop=eop),
+             "ul2": partial(o.ul2, sentinels=sentinels, modes=modes),
+             "u_palm": partial(o.ul2, sentinels=sentinels, modes=modes, denoisers=o.U_PALM)}
     if name not in known:
         raise UserError(f"objective is {name!r}; it must be one of {', '.join(known)}")
+    densest = {"span_corruption": 0.15, "ul2": 0.5, "u_palm": 0.5}.get(name, 0)
+    if densest and o.n_noise_spans(context, densest)[1] >= len(sentinels):
+        raise UserError(f"{name} in a context of {context} needs more than the {len(sentinels)} sentinels "
+                        "that there are; lower the context")
 
     def example(text: list[int], rng: np.random.Generator) -> Example:
-        source, target, *blanks = known[name](text, rng)
-        return Example(source, [target], *blanks)
+        pair = known[name](text, rng)
+        return Example(pair.source, [pair.target], pair.blanks)
     return example
 
 
@@ -228,7 +256,7 @@ BPE_CHARACTERS = 6_000_000
 
 def texts_of(records: list[Record]) -> list[str]:
     """What pretraining reads: the text, or a pair as one text."""
-    return [record.text or record.prompt + record.response for record in records]
+    return [record.text or record.prompt + (record.response or record.chosen or "") for record in records]
 
 
 def tokenizer_for(records: list[Record], vocab: int) -> Tokenizer:

@@ -6,9 +6,11 @@ rankings; so, as in Gao et al. 2022, we can measure what a real project cannot: 
 right, and when PPO begins to exploit it. The weighted mean of the parts, each between 0 and 1, is the gold
 score.
 """
+import hashlib
 import re
 from collections import Counter
 
+import common
 import data
 from corpus import Record, function_name, identifier_words
 from errors import UserError
@@ -100,17 +102,27 @@ def length(line: str) -> float:
     return min(n / 3, 1.0, max(0.0, (16 - n) / 6))
 
 
+def known_words(texts: list[str]) -> list[str]:
+    """The words that occur at least three times."""
+    tokens, counts = Counter(), Counter()
+    for text in texts:
+        tokens.update(re.findall(r"[A-Za-z0-9_]+", text))
+    for token, count in tokens.items():
+        for word in identifier_words(token):
+            counts[word] += count
+    return sorted(word for word, count in counts.items() if count >= 3)
+
+
 class Labeller:
     """The guideline, with the vocabulary of the training text that "words" asks for."""
 
     def __init__(self, training_texts: list[str]):
-        tokens, counts = Counter(), Counter()
-        for text in training_texts:
-            tokens.update(re.findall(r"[A-Za-z0-9_]+", text))
-        for token, count in tokens.items():
-            for word in identifier_words(token):
-                counts[word] += count
-        self.known = {word for word, count in counts.items() if count >= 3}
+        key = hashlib.sha256("\0".join(training_texts).encode()).hexdigest()[:16]
+        cached = common.CACHE / f"words-{key}.txt"
+        with common.rank_zero_first():
+            if not cached.exists():
+                common.write_atomically(cached, "\n".join(known_words(training_texts)).encode())
+        self.known = set(cached.read_text(encoding="utf-8").splitlines())
 
     def parts(self, prompt: str, line: str) -> dict[str, float]:
         """Every part of the guideline, 0 to 1."""

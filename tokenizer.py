@@ -125,6 +125,11 @@ class Tokenizer:
         tokens = list(tokens)
         return self.encoding.decode(tokens[:tokens.index(self.end)] if self.end in tokens else tokens)
 
+    def sentence_ends(self) -> set[int]:
+        """Tokens that end a sentence. <end> is one of them: it stays with the sentence before it."""
+        ends = {rank for token, rank in self.ranks.items() if token.rstrip()[-1:] in (b".", b"!", b"?")}
+        return ends | {self.end}
+
     def bytes_per_token(self) -> Tensor:
         """(V,) how many bytes of text each token stands for; a special token stands for none."""
         sizes = torch.zeros(self.vocab, dtype=torch.long)

@@ -3,7 +3,7 @@
     data              all docstrings (or --data text), in packed rows, every document on its own
     initial weights   random
     mask              the structure's: causal, prefix or encdec; never across documents
-    objective         next_token, prefix_lm or span_corruption turns a text into (source, target)
+    objective         next_token, prefix_lm, span_corruption, ...: turns a text into (source, target)
     what is trained   everything, to predict each target token from what its mask lets it see
 """
 import math
@@ -31,7 +31,7 @@ class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     out: str = "runs/pretrain"          # run folder
     structure: str = "causal"           # causal, prefix or encdec
-    objective: str = "next_token"       # next_token, prefix_lm or span_corruption
+    objective: str = "next_token"       # next_token, prefix_lm, span_corruption, bart, glm_130b, ul2, ...
     vocab: int = 2048                   # tokens of the tokenizer trained here, special ones included
     layers: int = 3                     # layers (encdec: of each stack)
     heads: int = 4                      # attention heads
@@ -90,7 +90,7 @@ def load_data(config: Config, run: common.Run) -> Data:
     data.require_tokens(sequences[0], config.batch_size * config.context, config)
     rng = np.random.default_rng(config.seed)
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
-    objective = data.objective_of(config.objective, tokenizer)
+    objective = data.objective_of(config.objective, tokenizer, config.context)
     chosen = [objective(piece, rng) for piece in chosen]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
@@ -101,7 +101,7 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
     """What the step reads: pieces of text worth batch_size rows, each turned into a pair by the objective."""
     sizes = np.array([len(piece) + 1 for piece in loaded.train])
     chosen, rng = data.indices_of_step(sizes, config.batch_size * config.context, config.seed, step)
-    objective = data.objective_of(config.objective, loaded.tokenizer)
+    objective = data.objective_of(config.objective, loaded.tokenizer, config.context)
     return [objective(loaded.train[i], rng) for i in chosen]
 
 

@@ -1,4 +1,5 @@
 """Tokenizer, corpus, split, layout and order of the data, against plain versions of themselves."""
+import json
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ import data
 import labeller
 import tokenizer as tokenizer_file
 from conftest import random_examples
+from errors import UserError
 
 TEXTS = ["The cat sat on the mat, and the cat's hat sat on the cat.", "def merge_rows(rows):\n    return sum(rows)\n\n\n",
          "naïve café 12345 — ünïcödé \t tabs\nand   spaces  ", "<end><pad> is ordinary text"]
@@ -120,6 +122,33 @@ def test_split_is_by_name_and_keeps_what_was_held_out():
     assert kept <= corpus.names_of(corpus.split(records, kept)[1])
 
 
+@pytest.mark.parametrize("line, expected", [
+    ({"text": "T"}, [("", "T")]),
+    ({"prompt": "P", "response": "R"}, [("P", "R")]), ({"prompt": "P", "completion": "R"}, [("P", "R")]),
+    ({"instruction": "I", "output": "O"}, [("I\n", "O")]),
+    ({"instruction": "I", "input": "X", "output": "O"}, [("I\n\nX\n", "O")]),
+    ({"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"},
+                   {"role": "user", "content": "V"}, {"role": "assistant", "content": "B"}]},
+     [("\n\nHuman: U\n\nAssistant:", " A"), ("\n\nHuman: U\n\nAssistant: A\n\nHuman: V\n\nAssistant:", " B")]),
+    ({"chosen": "\n\nHuman: U\n\nAssistant: A", "rejected": "\n\nHuman: U\n\nAssistant: B"},
+     [("\n\nHuman: U\n\nAssistant:", " A")])])
+def test_own_data_is_recognised_by_its_keys(line, expected, tmp_path):
+    """Each format becomes prompts and answers; a dialogue of two replies becomes two pairs."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(line) + "\n")
+    records = corpus.load_records(str(tmp_path / "d.jsonl"))
+    assert [(r.prompt or "", r.response or r.chosen or r.text) for r in records] == expected
+
+
+@pytest.mark.parametrize("line, fragment", [
+    ({"messages": "hello"}, "role and content"), ({"messages": [{"role": "user", "content": "U"}]}, "no reply"),
+    ({"chosen": "A", "rejected": "B"}, "one dialogue"), ({"prompt": "P", "response": ""}, "'response'")])
+def test_own_data_that_cannot_be_used_is_named(line, fragment, tmp_path):
+    """File and line are in the sentence."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "P"}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=f"d.jsonl:2: .*{fragment}"):
+        corpus.load_records(str(tmp_path / "d.jsonl"))
+
+
 # ---- layout ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("structure", ["causal", "prefix", "encdec"])
@@ -139,6 +168,55 @@ def test_every_example_can_be_read_back_from_the_batch(structure, tokenizer):
         if structure == "encdec":
             assert batch.source[batch.source_document == i].tolist() == [tokenizer.bos] + source
     assert int(batch.loss_mask.sum()) == sum(len(target) for _, (target,) in examples)
+
+
+OBJECTIVES = ("next_token", "prefix_lm", "span_corruption", "bart", "text_infilling", "sentence_permutation",
+              "token_masking", "token_deletion", "document_rotation", "glm_spans", "glm_sentences",
+              "glm_document", "glm_10b", "glm_130b", "ul2", "u_palm")
+
+
+@pytest.mark.parametrize("structure", ["causal", "prefix", "encdec"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_can_be_laid_out_for_every_structure(name, structure, tokenizer):
+    """What the batch counts are the tokens of the target that are predicted, and the source is all there."""
+    objective, rng = data.objective_of(name, tokenizer, 64), np.random.default_rng(3)
+    examples = [objective([*random_examples([(n, [])])[0][0], tokenizer.end], rng) for n in (1, 2, 9, 40, 60)]
+    batch = data.lay_out(examples, structure, 80, tokenizer)
+    start, sop = 0 if structure == "encdec" else 1, tokenizer.specials["<sop>"]
+    for i, example in enumerate(examples):
+        where = batch.document == i
+        wanted = [token for token in example.targets[0] if token != sop]
+        assert batch.targets[where & batch.loss_mask].tolist() == wanted
+        read = batch.source[batch.source_document == i] if structure == "encdec" else batch.tokens[where]
+        assert read.tolist()[:1 + len(example.source)] == [tokenizer.bos] + example.source
+    assert batch.positions.min() >= 0 and (batch.document >= 0).any(1).all()
+
+
+@pytest.mark.parametrize("structure", ["causal", "prefix"])
+def test_blanks_stand_at_their_masks(structure, tokenizer):
+    """GLM, Du et al. 2022, figure 2: a span reads <sop> and its tokens, predicts its tokens and <eop>; its first
+    position is that of its mask, the second counts from 1; in the source the second is 0.
+    """
+    special = tokenizer.specials
+    mask, sop, eop = special["<mask>"], special["<sop>"], special["<eop>"]
+    source = [10, mask, 11, 12, mask]
+    example = data.Example(source, [[sop, 20, 21, eop, sop, 30, eop]], blanks=(4, 1))
+    batch = data.lay_out([example], structure, 100, tokenizer)
+    assert batch.tokens[0].tolist() == [tokenizer.bos, *source, sop, 20, 21, sop, 30]
+    assert batch.targets[batch.loss_mask].tolist() == [20, 21, eop, 30, eop]
+    assert batch.loss_mask[0].tolist() == [False] * 6 + [True] * 5
+    assert batch.positions_2d[:, 0].tolist() == [[0, 1, 2, 3, 4, 5, 5, 5, 5, 2, 2],
+                                                 [0, 0, 0, 0, 0, 0, 1, 2, 3, 1, 2]]
+    assert torch.equal(batch.positions, batch.positions_2d.sum(0))
+
+
+def test_too_few_sentinels_are_refused_at_once(tokenizer):
+    """A context that could need more sentinels than there are is refused before anything is drawn."""
+    data.objective_of("ul2", tokenizer, 590)
+    data.objective_of("span_corruption", tokenizer, 1900)
+    for name, context in (("ul2", 700), ("u_palm", 700), ("span_corruption", 2200)):
+        with pytest.raises(UserError, match="lower the context"):
+            data.objective_of(name, tokenizer, context)
 
 
 @pytest.mark.parametrize("structure, source, target", [("causal", 30, 15), ("prefix", 30, 15), ("encdec", 30, 15)])

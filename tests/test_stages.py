@@ -42,7 +42,7 @@ def package(tmp_path_factory):
 
 def stage_configs(structure: str, package: Path, runs: Path) -> list:
     """(main, Config) of the four stages, small enough for a test."""
-    objective = "prefix_lm" if structure != "causal" else "next_token"
+    objective = {"causal": "next_token", "prefix": "glm_130b", "encdec": "bart"}[structure]
     common_flags = dict(SMALL, data=str(package))
     return [
         (train_pretrain.main, train_pretrain.Config(
@@ -175,6 +175,26 @@ def test_two_ranks_equal_one(package, tmp_path):
         for one, two in zip(rows, logs[2][stage], strict=True):
             for name in set(one) - {"seconds", "padding", "explained_variance"}:
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
+
+
+def script(*flags: str) -> subprocess.CompletedProcess:
+    """A script run as a user runs it."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run([sys.executable, *flags], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=240)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo is tested on Linux and macOS")
+def test_a_script_starts_its_own_ranks(package, tmp_path):
+    """--ranks 2 is two processes and one voice: a run that ends well, and a mistake told once, exit code 2."""
+    flags = ("train_pretrain.py", "--ranks", "2", "--data", str(package), "--steps", "2", "--vocab", "420",
+             "--layers", "1", "--width", "32", "--context", "64", "--device", "cpu", "--dtype", "fp32")
+    run = script(*flags, "--out", str(tmp_path / "out"))
+    assert run.returncode == 0 and json.loads((tmp_path / "out" / "config.json").read_text())["ranks"] == 2
+    assert run.stdout.count("done in") == 1 and "2 rank(s)" in run.stdout
+    run = script(*flags, "--out", str(tmp_path / "wrong"), "--heads", "3")
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert not (tmp_path / "wrong").exists()
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
