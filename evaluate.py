@@ -79,7 +79,7 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
     prompts, human = zip(*((rows[i].source, rows[i].targets[0]) for i in order))
     texts = [tokenizer.decode(prompt) for prompt in prompts]
-    labeller = Labeller(data.texts_of([record for record in train if record.text or record.response]))
+    labeller = Labeller(data.texts_of([record for record in train if record.response]))
     return Study(tokenizer, list(prompts), list(human), texts, labeller, models["sft"], models["rm"], device,
                  config), models
 
