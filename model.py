@@ -1,10 +1,10 @@
 """The networks: a decoder (causal and prefix are one network under two masks) and an encoder-decoder.
 
 Read it from top to bottom: the config, attention written out, the routes that compute the same faster, the
-parts (norms, positions, attention, feed-forward), the block, the stack, the two structures, and the two heads:
-next-token logits for the language model, one scalar per token for reward and value models. The parts have a
-few named variants, and every published family is a choice among them (presets.py). Nothing here knows a loss
-or an optimizer; dropout, which only some of the families trained with, is left out.
+parts (norms, positions, attention, feed-forward), the block, the two stacks, and the two heads: next-token
+logits for the language model, one scalar per token for reward and value models. The parts have a few named
+variants, and every published family is a choice among them (presets.py). Nothing here knows a loss or an
+optimizer. Dropout, which some of the families were trained with, is left out.
 
 Letters in names: B batch, T query length, S key length, D width, H heads, G key/value heads, K head width,
 V vocabulary, F feed-forward width. `x_BTD` has shape (B, T, D).
@@ -36,7 +36,9 @@ CHOICES = {"structure": STRUCTURES, "norm": ("rms", "layer"),
 
 @dataclass
 class ModelConfig:
-    """Sizes and variants of a network. encdec has `layers` layers in the encoder and as many in the decoder."""
+    """Sizes and variants of a network. encdec has `layers` layers in the encoder and as many again in the
+    decoder.
+    """
     structure: str = "causal"
     vocab: int = 2048
     layers: int = 4
@@ -80,31 +82,28 @@ class ModelConfig:
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
         if not self.head_width and self.width % self.heads:
-            raise UserError(f"heads {self.heads} must divide width {self.width}, or head_width be given")
-        if self.heads % self.kv_heads:
-            raise UserError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
-        self.head_width = self.head_width or self.width // self.heads
+            raise UserError(f"heads {self.heads} must divide width {self.width}, unless head_width is given")
         default = 32 * math.ceil(8 * self.width / 3 / 32) if self.ffn in GATES else 4 * self.width
         self.ffn_width = self.ffn_width or default
-        self.check_variants()
-
-    def check_variants(self):
-        """Variants that exclude each other."""
-        pairs = self.head_width * self.rope_share / (4 if self.positions == "rope2d" else 2)
-        if self.positions in ("rope", "rope2d") and pairs != int(pairs):
-            raise UserError(f"heads {self.heads} of head_width {self.head_width} cannot be rotated in pairs: "
-                            f"positions {self.positions} with rope_share {self.rope_share} wants a multiple")
-        if (self.rope_share < 1 or self.rope_interleaved) and self.positions != "rope":
-            raise UserError(f"positions is {self.positions!r}; rope_share and rope_interleaved belong to 'rope'")
-        if (self.positions == "learned") != (self.max_positions > 0):
-            raise UserError(f"positions is {self.positions!r} and max_positions {self.max_positions}; learned "
-                            "positions want the length of their table, all others 0")
-        if self.norm_bias and self.norm == "rms":
-            raise UserError("norm_bias is True; RMSNorm has no bias, norm 'layer' may have one")
-        if self.block != "serial" and (self.norm_place != "pre" or self.structure == "encdec"):
-            raise UserError(f"block is {self.block!r}; it wants a decoder with norm_place 'pre'")
-        if self.positions == "rope2d" and self.structure == "encdec":
-            raise UserError("positions is 'rope2d'; it wants a decoder, where source and target share a row")
+        self.head_width = self.head_width or self.width // self.heads
+        rope = self.positions in ("rope", "rope2d")
+        rotated = self.head_width / 2 if self.positions == "rope2d" else self.head_width * self.rope_share
+        for wrong, sentence in (
+            (self.heads % self.kv_heads, f"kv_heads {self.kv_heads} must divide heads {self.heads}"),
+            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}, of which {rotated:g} "
+                                   f"turn with a position: {self.positions} wants an even number of them"),
+            (self.positions != "rope" and (self.rope_share < 1 or self.rope_interleaved),
+             f"rope_share and rope_interleaved are for positions 'rope', not for {self.positions!r}"),
+            ((self.positions == "learned") != (self.max_positions > 0),
+             f"max_positions is {self.max_positions}, positions {self.positions!r}: only 'learned' wants it"),
+            (self.norm_bias and self.norm == "rms", "norm_bias is True, but norm 'rms' has no bias"),
+            (self.block != "serial" and (self.norm_place != "pre" or self.structure == "encdec"),
+             f"block {self.block!r} is for decoders with norm_place 'pre'"),
+            (self.positions == "rope2d" and self.structure == "encdec",
+             "positions 'rope2d' is for decoders, where source and target share a row"),
+        ):
+            if wrong:
+                raise UserError(sentence)
 
 
 # ---- attention: the text, and the routes that compute the same ---------------------------------------------
@@ -125,9 +124,9 @@ def written_out_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, allowe
 def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | None = None) -> Tensor:
     """The same by a fused kernel. Returns (B, H, T, K).
 
-    mask: the predicate masks.causal itself (no tensor needed), a tensor that broadcasts to (B, H, T, S) - bool,
-    or the bias with -inf where attention is forbidden - or FlexAttention's BlockMask, alone or Biased. Each
-    group of H / G query heads shares one key/value head (Ainslie et al. 2023).
+    mask: the predicate masks.causal itself (no tensor needed); a tensor that broadcasts to (B, H, T, S), bool
+    or added to the scores, -inf where attention is forbidden; FlexAttention's BlockMask; or a Biased one.
+    Each group of H / G query heads shares one key/value head (Ainslie et al. 2023).
     """
     if not isinstance(mask, Tensor) and mask is not masks_module.causal:
         return flex(q_BHTK, k_BGSK, v_BGSK, mask, scale)
@@ -226,9 +225,8 @@ def rotary_angles(positions_BT: Tensor, rotated_width: int, theta: float) -> tup
 
 
 def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, bool] | None:
-    """(cos, sin, interleaved) for `rotate`. rope2d has positions (2, B, T): the index in the text and the
-    index in the blank that is being filled (ChatGLM-6B); the first turns one half of each head, the second the
-    other.
+    """(cos, sin, interleaved) for `rotate`. rope2d has positions (2, B, T), a token's index in the text and
+    its index in the blank it fills (ChatGLM-6B): each turns one half of every head.
     """
     if config.positions == "rope":
         width = round(config.rope_share * config.head_width)
@@ -285,14 +283,14 @@ class RelativeBias(nn.Module):
         """bias(b, h, q, k) for tokens at these positions."""
         distance = torch.arange(-FARTHEST, FARTHEST + 1, device=query_BT.device)
         table = self.weight[relative_bucket(distance, self.bidirectional)]
-        return lambda b, h, q, k: table[(key_BS[b, k] - query_BT[b, q]).clamp(-FARTHEST, FARTHEST) + FARTHEST, h]
+        return lambda b, h, q, k: table[(key_BS[b, k] - query_BT[b, q] + FARTHEST).clamp(0, 2 * FARTHEST), h]
 
 
 class Alibi(nn.Module):
     """ALiBi (Press et al. 2022): scores fall with the distance, by a slope of each head's own.
 
-    H heads, a power of two, have the slopes 2^(-8/H), 2^(-16/H), ..., 2^-8. Otherwise those of the power of two
-    below H come first, and then every other slope of twice that power, as in the authors' code.
+    H heads, a power of two, have the slopes 2^(-8/H), 2^(-16/H), ..., 2^-8. Otherwise the slopes of the power
+    of two below H come first, then every other one of twice that power, as in the authors' code.
     """
 
     def __init__(self, config: ModelConfig):
@@ -511,8 +509,8 @@ class LanguageModel(nn.Module):
         return self.logits(self.hidden(batch, masks)[where_BT])
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """The tokens' vectors. embedding_gradient a < 1 lets through a share a of their gradient, and of the
-        values everything (Zeng et al. 2023, section 3.3: it keeps GLM-130B's training from diverging).
+        """The tokens' vectors, and a share a = embedding_gradient of their gradient: what kept GLM-130B from
+        diverging (Zeng et al. 2023, section 3.1).
         """
         x_BTD, a = self.embedding(tokens_BT), self.config.embedding_gradient
         return x_BTD if a == 1 else a * x_BTD + (1 - a) * x_BTD.detach()
@@ -524,7 +522,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> "LanguageModel":
-        """Draw the matrices from N(0, std^2), torch's global generator; biases start at zero, norms at one."""
+        """Draw matrices from N(0, std^2), by torch's global generator; biases start at zero, norms at one."""
         H, G, K = self.config.heads, self.config.kv_heads, self.config.head_width
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -540,15 +538,14 @@ class LanguageModel(nn.Module):
 
 
 def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    """The standard deviation that a matrix starts with. config.init:
+    """The standard deviation that a matrix starts with; N is the number of layers. config.init:
 
-    zero: like fan_in, but whatever is added to the residual stream, and the unembedding, start at zero. Every
-    block is then the identity and the first loss is exactly ln V.
-    fan_in: 1/fan_in is the variance, embeddings have variance 1 (T5's and PaLM's code): that lets a small model
-    leave the unigram plateau at once.
-    normal: 0.02, what is added to the residual stream / sqrt(2 N) (Radford et al. 2019, section 2.3), N layers.
-    deepnorm: Xavier, and what is added to the residual stream x beta = (2 N)^(-1/2), with all that is linear on
-    the way there: ffn, values, attention output (Zeng et al. 2023, section 2.2).
+    fan_in    1 / fan_in is the variance; embeddings have variance 1 (T5's code; PaLM, section 5)
+    zero      the same, but zeros for what is added to the residual stream and for the unembedding: every
+              block is then the identity and the first loss exactly ln V; embeddings of unit variance let a
+              small model leave the unigram plateau at once
+    normal    0.02; what is added to the residual stream / sqrt(2N) (Radford et al. 2019, section 2.3)
+    deepnorm  Xavier; x beta = (2N)^(-1/2) for ffn, values and attention's output (Zeng et al. 2023, 2.2)
     """
     residual, beta = name.endswith("out.weight"), (2 * config.layers) ** -0.5
     is_table = name.startswith(("embedding", "unembedding")) or "positions" in name
@@ -560,7 +557,9 @@ def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
         return xavier if "qkv" in name else beta * xavier
     if config.init == "zero" and (residual or name == "unembedding.weight"):
         return 0.0
-    return {"embedding.weight": 1.0}.get(name, config.width ** -0.5 if "relative" in name else shape[1] ** -0.5)
+    if name == "embedding.weight":
+        return 1.0
+    return (config.width if name.endswith("relative.weight") else shape[1]) ** -0.5
 
 
 class Decoder(LanguageModel):
@@ -603,18 +602,18 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 def preset(name: str, **changes) -> ModelConfig:
-    """A published family and size, such as "llama2-7b"; with other sizes as in preset("t5-small", width=64)."""
+    """A published network, such as "llama2-7b"; in other sizes by preset("t5-small", layers=2, width=64)."""
     from presets import PRESETS
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise UserError(f"there is no preset {name!r}; did you mean {nearest!r}? python presets.py lists them")
+        raise UserError(f"there is no preset {name!r}; the nearest is {nearest!r} (presets.py has all)")
     config = ModelConfig(**PRESETS[name])
     return scaled(config, **changes) if changes else config
 
 
 def scaled(config: ModelConfig, **changes) -> ModelConfig:
-    """The same variants in other sizes. What is not given keeps its proportion: heads and ffn_width to width,
-    kv_heads and head_width to heads.
+    """The same variants in other sizes. What is not given keeps its proportion: heads, ffn_width and the
+    width of all heads together to width, kv_heads to heads.
     """
     ratio = changes.get("width", config.width) / config.width
     heads = changes.get("heads") or max(1, round(config.heads * ratio))

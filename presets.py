@@ -18,9 +18,9 @@ PALM = dict(structure="causal", vocab=256000, kv_heads=1, head_width=256, norm="
 T5 = dict(structure="encdec", vocab=32128, head_width=64, norm_eps=1e-6, positions="relative", ffn="relu",
           tied=True, scaled_attention=False, scaled_logits=True, init="fan_in")
 FLAN_T5 = dict(T5, ffn="geglu_tanh", tied=False, scaled_logits=False)        # T5 1.1, taught to follow
-BART = dict(structure="encdec", vocab=50265, norm="layer", norm_bias=True, norm_place="post", final_norm=False,
-            embedding_norm=True, positions="learned", max_positions=1024, position_offset=2, ffn="gelu",
-            bias="all", tied=True, init="normal")
+BART = dict(structure="encdec", vocab=50265, norm="layer", norm_bias=True, norm_place="post",
+            final_norm=False, embedding_norm=True, positions="learned", max_positions=1024,
+            position_offset=2, ffn="gelu", bias="all", tied=True, init="normal")
 FALCON = dict(structure="causal", vocab=65024, head_width=64, norm="layer", norm_bias=True, ffn="gelu",
               tied=True, init="normal")
 CHATGLM = dict(structure="prefix", vocab=130528, norm="layer", norm_bias=True, norm_place="normed_residual",
@@ -92,12 +92,13 @@ FAMILIES = {"GPT-2": "gpt2", "GPT-3": "gpt3-", "LLaMA": "llama-", "LLaMA 2": "ll
             "ChatGLM2-6B": "chatglm2-6b", "GLM-130B": "glm-130b", "T5": "t5-", "Flan-T5": "flan-t5-",
             "BART": "bart-"}                          # a family: the presets whose names begin so
 WORDS = {"causal": "causal decoder", "prefix": "prefix decoder", "encdec": "encoder-decoder",
-         "rms": "RMSNorm", "layer": "LayerNorm", "pre": "before", "post": "after", "deepnorm": "after (DeepNorm)",
-         "normed_residual": "before, also the residual", "rope": "RoPE", "rope2d": "2-D RoPE",
-         "learned": "learned", "relative": "relative bias", "alibi": "ALiBi", "relu": "ReLU", "gelu": "GELU",
-         "gelu_tanh": "GELU (tanh)", "geglu": "GEGLU", "geglu_tanh": "GEGLU (tanh)", "swiglu": "SwiGLU",
-         "serial": "serial", "parallel": "parallel, one norm", "parallel_two_norms": "parallel, two norms",
-         "none": "none", "qkv": "q, k, v", "all": "all"}
+         "rms": "RMSNorm", "layer": "LayerNorm", "pre": "before", "post": "after",
+         "deepnorm": "after (DeepNorm)", "normed_residual": "before, residual too",
+         "rope": "RoPE", "rope2d": "2-D RoPE", "learned": "learned", "relative": "relative bias",
+         "alibi": "ALiBi", "relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "geglu": "GEGLU",
+         "geglu_tanh": "GEGLU (tanh)", "swiglu": "SwiGLU", "serial": "serial",
+         "parallel": "parallel, one norm", "parallel_two_norms": "parallel, two norms", "none": "none",
+         "qkv": "q, k, v", "all": "all"}
 
 
 def differences(config) -> dict[str, str]:
@@ -126,8 +127,8 @@ def table() -> str:
             counts = [model.parameter_count(model.build(model.preset(name))) for name in names]
         columns = [differences(model.preset(name)) for name in names]
         cells = {column: " / ".join(dict.fromkeys(row[column] for row in columns)) for column in columns[0]}
-        smallest, largest = (f"{n / 1e9:.3g} B" if n > 1e9 else f"{n / 1e6:.3g} M" for n in (counts[0], counts[-1]))
-        rows.append([family, *cells.values(), smallest if len(names) == 1 else f"{smallest} – {largest}"])
+        ends = [f"{n / 1e9:.1f} B" if n > 1e9 else f"{n / 1e6:.0f} M" for n in (counts[0], counts[-1])]
+        rows.append([family, *cells.values(), " – ".join(dict.fromkeys(ends))])
     head = ["", *cells, "parameters"]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
