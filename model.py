@@ -90,7 +90,7 @@ class ModelConfig:
         rotated = self.head_width / 2 if self.positions == "rope2d" else self.head_width * self.rope_share
         for wrong, sentence in (
             (self.heads % self.kv_heads, f"kv_heads {self.kv_heads} must divide heads {self.heads}"),
-            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}, of which {rotated:g} "
+            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}, {rotated:g} of which "
                                    f"turn with a position: {self.positions} wants an even number of them"),
             (self.positions != "rope" and (self.rope_share < 1 or self.rope_interleaved),
              f"rope_share and rope_interleaved are for positions 'rope', not for {self.positions!r}"),
@@ -524,6 +524,8 @@ class LanguageModel(nn.Module):
     def initialise(self) -> "LanguageModel":
         """Draw matrices from N(0, std^2), by torch's global generator; biases start at zero, norms at one."""
         H, G, K = self.config.heads, self.config.kv_heads, self.config.head_width
+        if self.embedding.weight.is_meta:
+            return self                                        # shapes without values: nothing to draw
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = initial_std(name, parameter.shape, self.config)
