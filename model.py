@@ -66,7 +66,7 @@ class ModelConfig:
     scaled_attention: bool = True  # scores are divided by the root of head_width
     scaled_logits: bool = False    # logits are divided by the root of width
     embedding_gradient: float = 1.0  # share of the gradient that reaches the embedding
-    init: str = "zero"             # zero, fan_in, normal, deepnorm, see LanguageModel.initialise
+    init: str = "zero"             # zero, fan_in, normal, deepnorm, see initial_std
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -90,8 +90,8 @@ class ModelConfig:
         rotated = self.head_width / 2 if self.positions == "rope2d" else self.head_width * self.rope_share
         for wrong, sentence in (
             (self.heads % self.kv_heads, f"kv_heads {self.kv_heads} must divide heads {self.heads}"),
-            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}, {rotated:g} of which "
-                                   f"turn with a position: {self.positions} wants an even number of them"),
+            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}; positions "
+                                   f"{self.positions!r} turn pairs, and {rotated:g} coordinates are none"),
             (self.positions != "rope" and (self.rope_share < 1 or self.rope_interleaved),
              f"rope_share and rope_interleaved are for positions 'rope', not for {self.positions!r}"),
             ((self.positions == "learned") != (self.max_positions > 0),
@@ -171,16 +171,16 @@ def _compiled_flex(compiled: list = []):
 
 
 class Biased(NamedTuple):
-    """A BlockMask, and bias(b, h, q, k) that FlexAttention adds to the scores."""
+    """A BlockMask, and the bias(b, h, q, k) that FlexAttention adds to the scores."""
     block_mask: Any
     bias: Callable
 
 
 def with_bias(mask, bias: Callable, B: int, H: int, T: int, S: int, device) -> Tensor | Biased:
-    """Mask and bias in the form that `attention` takes, made once for all layers of a stack.
+    """Mask and bias in one, as `attention` takes them, made once for all layers of a stack.
 
-    bias(b, h, q, k) is added to the score of query q and key k, so that it becomes a tensor or part of the
-    fused kernel as a predicate does.
+    bias(b, h, q, k) is what head h adds to the score of query q and key k: like a predicate, it becomes a
+    tensor or part of a fused kernel.
     """
     if mask is masks_module.causal:
         mask = masks_module.realise(mask, 1, T, S, device)
@@ -241,26 +241,27 @@ def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, bo
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the pairs (x_i, x_{i+K/2}) by their angles, so that q . k depends on the distance alone.
 
-    interleaved pairs are (x_2i, x_2i+1). Coordinates that have no angle pass as they are.
+    Interleaved, the pairs are (x_2i, x_2i+1). With angles for fewer than K/2 pairs, the rest of x passes.
     """
-    x, two_positions, n = x_BHTK.float(), cos.dim() == 5, 2 * cos.shape[-1]
-    if two_positions:
-        x = x.unflatten(-1, (2, n))
-    first, second = (x[..., :n:2], x[..., 1:n:2]) if interleaved else x[..., :n].chunk(2, dim=-1)
+    x, two_halves, n = x_BHTK.float(), cos.dim() == 5, 2 * cos.shape[-1]
+    x = x.unflatten(-1, (2, n)) if two_halves else x
+    x, rest = (x[..., :n], x[..., n:]) if n < x.shape[-1] else (x, None)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    if n < x.shape[-1]:
-        turned = torch.cat((turned, x[..., n:]), dim=-1)
-    return (turned.flatten(-2) if two_positions else turned).to(x_BHTK.dtype)
+    x = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    x = x if rest is None else torch.cat((x, rest), dim=-1)
+    return (x.flatten(-2) if two_halves else x).to(x_BHTK.dtype)
 
 
-BUCKETS, FARTHEST = 32, 128
+BUCKETS, FARTHEST = 32, 128                     # T5's, in all sizes
 
 
 def relative_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
-    """The bucket of a distance key - query (Raffel et al. 2020, section 2.1): half of the buckets hold one
-    distance each, the others ever wider ranges, growing as the logarithm up to FARTHEST; the last holds all
-    beyond. Bidirectional, keys after the query have one half of the buckets; else they all share bucket 0.
+    """The bucket of a distance key - query (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets hold one distance each, the others ranges that widen as the logarithm does, and the
+    last all from FARTHEST on. Bidirectional: keys after the query have one half of the buckets, keys before
+    it the other; else keys after it share bucket 0, as no causal mask lets them be seen.
     """
     n, first = BUCKETS, 0
     if bidirectional:
@@ -410,12 +411,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention [, cross-attention] and feed-forward f, each added to the residual stream x. norm_place:
 
-        pre              x + f(norm(x))                      GPT-2 and most since
-        post             norm(x + f(x))                      Vaswani et al. 2017, section 3.1
-        deepnorm         norm(alpha x + f(x))                Wang et al. 2022, with GLM-130B's alpha
-        normed_residual  alpha norm(x) + f(norm(x))          ChatGLM-6B: deepnorm, begun one norm earlier
+        pre              x + f(norm(x))                Radford et al. 2019, and most since
+        post             norm(x + f(x))                Vaswani et al. 2017, section 3.1
+        deepnorm         norm(alpha x + f(x))          Wang et al. 2022; for N layers their alpha is
+                                                       (2N)^(1/4), and (2N)^(1/2), as here, GLM-130B's
+        normed_residual  alpha norm(x) + f(norm(x))    ChatGLM-6B: deepnorm, begun one norm earlier
 
-    or, parallel, x + attention(norm(x)) + ffn(norm(x)) (Wang & Komatsuzaki 2021): one norm, or two.
+    A parallel block is x + attention(norm(x)) + ffn(norm(x)), with one norm for both or one for each.
     """
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False):
@@ -428,31 +430,26 @@ class Block(nn.Module):
         self.ffn_norm = None if config.block == "parallel" else norm_of(config)
         self.ffn = FeedForward(config)
 
-    def add(self, x: Tensor, norm: nn.Module, f: Callable) -> Tensor:
+    def add(self, x: Tensor, norm: nn.Module, f: Callable, *context) -> Tensor:
         if self.norm_place == "pre":
-            return x + f(norm(x))
+            return x + f(norm(x), *context)
         if self.norm_place == "normed_residual":
             x = norm(x)
-            return self.alpha * x + f(x)
-        return norm(self.alpha * x + f(x))
+            return self.alpha * x + f(x, *context)
+        return norm(self.alpha * x + f(x, *context))
 
     def forward(self, x: Tensor, mask, angles=None, memory=None, cross_mask=None, cache=None) -> Tensor:
-        def attend(y):
-            return self.attention(y, mask, angles, cache, self.layer)
-
-        def attend_across(y):
+        if self.parallel:
+            y = self.attention_norm(x)
+            z = self.ffn_norm(x) if self.ffn_norm else y
+            return x + self.attention(y, mask, angles, cache, self.layer) + self.ffn(z)
+        x = self.add(x, self.attention_norm, self.attention, mask, angles, cache, self.layer)
+        if self.cross:
             keys_values = cache.cross[self.layer] if cache else None
             keys_values = keys_values or self.cross.keys_values(memory)
             if cache:
                 cache.cross[self.layer] = keys_values
-            return self.cross.across(y, keys_values, cross_mask)
-
-        if self.parallel:
-            y = self.attention_norm(x)
-            return x + attend(y) + self.ffn(self.ffn_norm(x) if self.ffn_norm else y)
-        x = self.add(x, self.attention_norm, attend)
-        if self.cross:
-            x = self.add(x, self.cross_norm, attend_across)
+            x = self.add(x, self.cross_norm, self.cross.across, keys_values, cross_mask)
         return self.add(x, self.ffn_norm, self.ffn)
 
 
@@ -545,7 +542,7 @@ def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
     fan_in    1 / fan_in is the variance; embeddings have variance 1 (T5's code; PaLM, section 5)
     zero      the same, but zeros for what is added to the residual stream and for the unembedding: every
               block is then the identity and the first loss exactly ln V; embeddings of unit variance let a
-              small model leave the unigram plateau at once
+              small model leave the unigram plateau at once. (A tied embedding: variance 1 / width.)
     normal    0.02; what is added to the residual stream / sqrt(2N) (Radford et al. 2019, section 2.3)
     deepnorm  Xavier; x beta = (2N)^(-1/2) for ffn, values and attention's output (Zeng et al. 2023, 2.2)
     """
@@ -559,7 +556,7 @@ def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
         return xavier if "qkv" in name else beta * xavier
     if config.init == "zero" and (residual or name == "unembedding.weight"):
         return 0.0
-    if name == "embedding.weight":
+    if name == "embedding.weight" and (config.scaled_logits or not config.tied):
         return 1.0
     return (config.width if name.endswith("relative.weight") else shape[1]) ** -0.5
 
@@ -617,6 +614,8 @@ def scaled(config: ModelConfig, **changes) -> ModelConfig:
     """The same variants in other sizes. What is not given keeps its proportion: heads, ffn_width and the
     width of all heads together to width, kv_heads to heads.
     """
+    if not {"width", "heads"} & set(changes):
+        return replace(config, **changes)
     ratio = changes.get("width", config.width) / config.width
     heads = changes.get("heads") or max(1, round(config.heads * ratio))
     head_width = config.head_width * config.heads / heads * ratio

@@ -14,6 +14,7 @@ from data import Batch, lay_out
 from generate import generate
 from model import KVCache, ModelConfig, preset
 from presets import PRESETS
+from shapes import check_shapes
 from test_model import influence, outputs
 
 PUBLISHED = {
@@ -25,16 +26,17 @@ PUBLISHED = {
     "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952, "chatglm-6b": 6_173_286_400,
     "chatglm2-6b": 6_243_584_000}
 ROUNDED = {"palm-8b": 8.63e9, "palm-62b": 62.50e9, "palm-540b": 540.35e9, "u-palm-540b": 540.35e9,
-           "glm-130b": 128.7e9, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1558e6, "gpt3-125m": 125e6,
-           "gpt3-350m": 356e6, "gpt3-760m": 760e6, "gpt3-1.3b": 1.3e9, "gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9,
-           "gpt3-13b": 13e9, "llama-30b": 32.5e9, "llama2-7b": 6.74e9, "llama2-13b": 13.0e9, "t5-3b": 2.85e9,
+           "glm-130b": 128.7e9, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1558e6,
+           "gpt3-125m": 125e6, "gpt3-350m": 356e6, "gpt3-760m": 760e6, "gpt3-1.3b": 1.3e9,
+           "gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9,
+           "llama-30b": 32.5e9, "llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "t5-3b": 2.85e9,
            "flan-t5-large": 783e6, "flan-t5-xl": 2.85e9}
 
 # one of each family, and the heads that a small one gets: query heads, key/value heads
-HEADS = {"gpt2": (4, 4), "llama2-7b": (4, 4), "llama2-70b": (4, 2), "baichuan-13b": (6, 6), "palm-540b": (4, 1),
-         "u-palm-540b": (4, 1), "falcon-7b": (3, 1), "falcon-40b": (4, 2), "chatglm-6b": (4, 4),
-         "chatglm2-6b": (4, 2), "glm-130b": (4, 4), "t5-small": (4, 4), "flan-t5-small": (4, 4),
-         "bart-base": (4, 4)}
+HEADS = {"gpt2": (4, 4), "llama2-7b": (4, 4), "llama2-70b": (4, 2), "baichuan-13b": (6, 6),
+         "palm-540b": (4, 1), "u-palm-540b": (4, 1), "falcon-7b": (3, 1), "falcon-40b": (4, 2),
+         "chatglm-6b": (4, 4), "chatglm2-6b": (4, 2), "glm-130b": (4, 4), "t5-small": (4, 4),
+         "flan-t5-small": (4, 4), "bart-base": (4, 4)}
 families = pytest.mark.parametrize("name", HEADS)
 
 
@@ -95,7 +97,7 @@ def test_parameter_counts_are_the_published_ones():
         if name in PUBLISHED:
             assert count == PUBLISHED[name], name
         else:
-            assert count == pytest.approx(ROUNDED[name], rel=0.012 if name == "gpt3-13b" else 0.019), name
+            assert count == pytest.approx(ROUNDED[name], rel=0.02 if "gpt3" in name else 1e-3), name
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name():
@@ -118,7 +120,8 @@ def test_a_scaled_preset_keeps_its_variants_and_proportions():
     {"norm": "batch"}, {"ffn": "swish"}, {"positions": "sine"}, {"bias": "some"}, {"init": "none"},
     {"rope_share": 0.0}, {"embedding_gradient": 2.0}, {"head_width": 7}, {"head_width": 6, "rope_share": 0.5},
     {"head_width": 6, "positions": "rope2d"}, {"max_positions": 9}, {"positions": "learned"},
-    {"norm_bias": True}, {"block": "parallel", "norm_place": "post"}, {"block": "parallel", "structure": "encdec"},
+    {"norm_bias": True}, {"block": "parallel", "norm_place": "post"},
+    {"block": "parallel_two_norms", "structure": "encdec"},
     {"positions": "rope2d", "structure": "encdec"}, {"positions": "alibi", "rope_interleaved": True}])
 def test_variants_that_exclude_each_other_are_refused_in_a_sentence(wrong):
     with pytest.raises(ValueError) as error:
@@ -187,10 +190,18 @@ def test_routes_give_the_same_logits(name, batch_of, monkeypatch):
     torch.testing.assert_close(flex, text, atol=3e-5, rtol=0)
 
 
+@families
+def test_shapes_are_what_names_say(name, batch_of):
+    model = randomised(small(name))
+    batch = batch_for(name, batch_of(model.config.structure, "packed"))
+    check_shapes(model, batch, masks.of_batch(model.config.structure, batch), batch.loss_mask)
+
+
 @pytest.mark.parametrize("name", ["baichuan-13b", "llama2-70b", "gpt2"])
 def test_a_causal_row_needs_no_mask_tensor(name):
     """The predicate `causal` itself and its tensor are one mask, also where a bias must be merged with it."""
-    model, tokens, positions = randomised(small(name)), torch.randint(256, (2, 9)), torch.arange(9).expand(2, 9)
+    model, tokens = randomised(small(name)), torch.randint(256, (2, 9))
+    positions = torch.arange(9).expand(2, 9)
     with_tensor = model.decode(tokens, positions, masks.dense(masks.causal, 2, 9, 9))
     torch.testing.assert_close(model.decode(tokens, positions, masks.causal), with_tensor, atol=1e-5, rtol=0)
 
@@ -199,12 +210,13 @@ def positions_of(name: str, places_BT: torch.Tensor, n_prompt_B1: torch.Tensor) 
     """The positions of the given places in rows of a prompt and what follows it."""
     if name != "chatglm-6b":
         return places_BT
-    return torch.stack((torch.minimum(places_BT, n_prompt_B1 - 1), (places_BT - n_prompt_B1 + 1).clamp(min=0)))
+    after_BT = (places_BT - n_prompt_B1 + 1).clamp(min=0)
+    return torch.stack((places_BT - after_BT, after_BT))
 
 
 def whole(name: str, model, row: list[int], n_prompt: int, start: int = 1) -> torch.Tensor:
-    """Logits at every token of one row, without a cache. The encoder-decoder reads the prompt as its source and
-    begins its target with `start`.
+    """Logits at every token of one row, without a cache. The encoder-decoder reads the prompt as its source
+    and begins its target with `start`.
     """
     structure, cross = model.config.structure, ()
     if structure == "encdec":
@@ -216,12 +228,13 @@ def whole(name: str, model, row: list[int], n_prompt: int, start: int = 1) -> to
     after_prompt = (torch.arange(n) >= n_prompt).long()[None]
     allowed = masks.causal | masks.prefix(after_prompt) if structure == "prefix" else masks.causal
     positions = positions_of(name, torch.arange(n)[None], torch.tensor([[n_prompt]]))
-    return model.logits(model.decode(torch.tensor([row]), positions, masks.dense(allowed, 1, n, n), *cross))[0]
+    mask = masks.dense(allowed, 1, n, n)
+    return model.logits(model.decode(torch.tensor([row]), positions, mask, *cross))[0]
 
 
 @families
 def test_cached_decoding_equals_reading_the_whole_row(name):
-    """Left-padded prompts of unequal length read at once, then token by token; a row is dropped on the way."""
+    """Left-padded prompts of unequal length read at once, then token by token; one row leaves on the way."""
     model = randomised(small(name))
     structure, longest, n_prompt_B1 = model.config.structure, 4, torch.tensor([[4], [1], [3]])
     places, cross = torch.arange(longest) - longest + n_prompt_B1, ()
@@ -250,7 +263,8 @@ def test_cached_decoding_equals_reading_the_whole_row(name):
         if step < 4:
             real = torch.cat((document[kept] >= 0, torch.ones(len(kept), 1 + step, dtype=torch.bool)), dim=1)
             positions = positions_of(name, places[kept, -1:] + 1 + step, n_prompt_B1[kept])
-            hidden = model.decode(new[kept, step:step + 1], positions, real[:, None, None], *cross, cache=cache)
+            tokens = new[kept, step:step + 1]
+            hidden = model.decode(tokens, positions, real[:, None, None], *cross, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["llama2-70b", "baichuan-13b", "chatglm2-6b", "flan-t5-small"])
@@ -374,7 +388,8 @@ def t5_bucket(distance: int, bidirectional: bool) -> int:
     d, exact = abs(distance) if bidirectional else max(-distance, 0), n // 2
     if d < exact:
         return first + d
-    return first + exact + max(i for i in range(exact) if d ** exact * exact ** i >= 128 ** i * exact ** exact)
+    begun = (i for i in range(exact) if d ** exact * exact ** i >= 128 ** i * exact ** exact)
+    return first + exact + max(begun)
 
 
 def alibi_slopes(H: int) -> list[float]:
@@ -494,7 +509,7 @@ class ByHand:
 
 @families
 def test_a_network_of_the_family_equals_plain_loops(name, tokenizer):
-    """Logits of a source and a target, by the whole network in fp32 and by loops over tokens, heads and keys."""
+    """Logits of a source and a target, by the network and by loops over tokens, heads and keys."""
     model, source, target = randomised(small(name)), random_tokens(4), random_tokens(5)
     batch = batch_for(name, lay_out([(source, [target])], model.config.structure, 1, tokenizer))
     expected = ByHand(name, model).logits([tokenizer.bos] + source,
@@ -510,15 +525,15 @@ def test_relative_buckets_equal_their_definition():
         assert set(expected) == set(range(32)) - ({16} if bidirectional else set())
 
 
-def test_relative_bias_beyond_the_farthest_distance(name="t5-small"):
+def test_relative_bias_beyond_the_farthest_distance():
     """The table by clamped distances is the table by buckets, however far apart the tokens are."""
-    bias = networks.RelativeBias(small(name), bidirectional=True).requires_grad_(False)
+    bias = networks.RelativeBias(small("t5-small"), bidirectional=True).requires_grad_(False)
     torch.nn.init.normal_(bias.weight)
     query, key = torch.tensor([[0, 500, 130]]), torch.tensor([[0, 127, 128, 129, 400]])
     of = bias(query, key)
     for q, k, h in torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(4)).tolist():
         bucket = t5_bucket(int(key[0, k] - query[0, q]), True)
-        assert of(torch.tensor(0), torch.tensor(h), torch.tensor(q), torch.tensor(k)) == bias.weight[bucket, h]
+        assert of(*map(torch.tensor, (0, h, q, k))) == bias.weight[bucket, h]
 
 
 @pytest.mark.parametrize("H", [1, 2, 3, 5, 8, 12, 32, 40, 71, 96])
@@ -547,7 +562,7 @@ def test_chatglms_block_is_deepnorm_begun_one_norm_earlier():
     model = randomised(config)
     other = networks.build(replace(config, norm_place="deepnorm", embedding_norm=True, final_norm=False))
     names = [f"blocks.{i}.{which}" for i in range(2) for which in ("attention_norm", "ffn_norm")]
-    later = dict(zip(names, [*names[1:], "norm"]))                     # each norm is named after what it feeds
+    later = dict(zip(names, [*names[1:], "norm"]))             # each norm is named after what it feeds
     weights = model.state_dict()
     for key in other.state_dict():
         for own, source in (*later.items(), ("embedding_norm", names[0])):
@@ -578,8 +593,8 @@ def test_the_embeddings_gradient_shrinks_and_nothing_else(batch_of):
 
 @families
 def test_the_first_loss_is_about_ln_v(name, batch_of, tokenizer):
-    """And every weight of the network is in its sight. PaLM's is a little above: by its tied embedding of unit
-    variance, a network as built predicts the token that it has just read.
+    """And every weight of the network is in its sight. PaLM's is a little above: by its tied embedding of
+    unit variance, a network as built predicts the token that it has just read.
     """
     model = networks.build(small(name, vocab=tokenizer.vocab, width=96, head_width=16))
     structure = model.config.structure
@@ -601,10 +616,12 @@ def test_initial_weights_are_the_published_ones():
     F = glm["decoder.blocks.0.ffn.out.weight"].shape[1]
     expected = [
         (gpt["embedding.weight"], 0.02), (gpt["decoder.blocks.1.ffn.inner.weight"], 0.02),
-        (gpt["decoder.blocks.1.ffn.out.weight"], 0.02 / 4), (gpt["decoder.blocks.1.attention.out.weight"], 0.02 / 4),
+        (gpt["decoder.blocks.1.ffn.out.weight"], 0.02 / 4),
+        (gpt["decoder.blocks.1.attention.out.weight"], 0.02 / 4),
         (t5["embedding.weight"], 1.0), (t5["decoder.blocks.0.ffn.out.weight"], 512 ** -0.5),
         (t5["decoder.blocks.0.cross.qkv.weight"][:H], (D * 32) ** -0.5),
-        (t5["decoder.blocks.0.attention.qkv.weight"][H:], D ** -0.5), (t5["encoder.relative.weight"], D ** -0.5),
+        (t5["decoder.blocks.0.attention.qkv.weight"][H:], D ** -0.5),
+        (t5["encoder.relative.weight"], D ** -0.5),
         (q, (1 / D) ** 0.5), (k, (1 / D) ** 0.5), (v, (1 / D) ** 0.5 / 4),
         (glm["decoder.blocks.0.ffn.inner.weight"], (2 / (D + F)) ** 0.5 / 4),
         (glm["decoder.blocks.0.ffn.out.weight"], (2 / (D + F)) ** 0.5 / 4)]
