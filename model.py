@@ -1,15 +1,19 @@
 """The networks: a decoder (causal and prefix are one network under two masks) and an encoder-decoder.
 
-Read it from top to bottom: attention written out, the routes that compute the same faster, the parts
-(RMSNorm, rotary positions, grouped-query attention, SwiGLU), the block, the two stacks, and the two heads:
-next-token logits for the language model, one scalar per token for reward and value models. Nothing here knows
-a loss or an optimizer.
+Read it from top to bottom: the config, attention written out, the routes that compute the same faster, the
+parts (norms, positions, attention, feed-forward), the block, the two stacks, and the two heads: next-token
+logits for the language model, one scalar per token for reward and value models. The parts have a few named
+variants, and every published family is a choice among them (presets.py). Nothing here knows a loss or an
+optimizer. Dropout, which some of the families were trained with, is left out.
 
 Letters in names: B batch, T query length, S key length, D width, H heads, G key/value heads, K head width,
 V vocabulary, F feed-forward width. `x_BTD` has shape (B, T, D).
 """
+import difflib
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -21,87 +25,141 @@ from errors import UserError
 from masks import Masks
 
 STRUCTURES = ("causal", "prefix", "encdec")
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+GATES = {"geglu": F.gelu, "geglu_tanh": ACTIVATIONS["gelu_tanh"], "swiglu": F.silu}
+CHOICES = {"structure": STRUCTURES, "norm": ("rms", "layer"),
+           "norm_place": ("pre", "post", "deepnorm", "normed_residual"),
+           "positions": ("rope", "rope2d", "learned", "relative", "alibi"), "ffn": (*ACTIVATIONS, *GATES),
+           "block": ("serial", "parallel", "parallel_two_norms"), "bias": ("none", "qkv", "all"),
+           "init": ("zero", "fan_in", "normal", "deepnorm")}
 
 
 @dataclass
 class ModelConfig:
-    """Sizes of a network. encdec has `layers` layers in the encoder and as many in the decoder."""
+    """Sizes and variants of a network. encdec has `layers` layers in the encoder and as many again in the
+    decoder.
+    """
     structure: str = "causal"
     vocab: int = 2048
     layers: int = 4
     heads: int = 4
-    kv_heads: int = 2             # grouped-query attention: `heads` share this many keys and values
+    kv_heads: int = 2              # grouped-query attention: `heads` share this many keys and values
     width: int = 128
-    ffn_width: int = 0            # 0: 8/3 of the width, rounded up to a multiple of 32
+    ffn_width: int = 0             # 0: 4 x width; gated 8/3 x width, rounded up to a multiple of 32
+    head_width: int = 0            # 0: width / heads
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    norm: str = "rms"              # rms, layer: LayerNorm, which also subtracts the mean
+    norm_bias: bool = False        # LayerNorm adds a bias
+    norm_place: str = "pre"        # where a block normalises, see Block: pre, post, deepnorm, normed_residual
+    final_norm: bool = True        # normalise the last block's output
+    embedding_norm: bool = False   # normalise what enters the first block
+    positions: str = "rope"        # rope, rope2d: two positions a token, learned, relative: T5's bias, alibi
+    rope_share: float = 1.0        # rotate this share of every head, and let the rest pass
+    rope_interleaved: bool = False  # rotate neighbours (2i, 2i + 1), not (i, i + half)
+    max_positions: int = 0         # learned: the longest sequence
+    position_offset: int = 0       # learned: position 0 reads this row of the table
+    ffn: str = "swiglu"            # relu, gelu, gelu_tanh; gated: geglu, geglu_tanh, swiglu
+    block: str = "serial"          # serial, parallel: attention and ffn read one norm, parallel_two_norms
+    bias: str = "none"             # which matrices add a bias: none, qkv, all
+    tied: bool = False             # the embedding is the unembedding too
+    scaled_attention: bool = True  # scores are divided by the root of head_width
+    scaled_logits: bool = False    # logits are divided by the root of width
+    embedding_gradient: float = 1.0  # share of the gradient that reaches the embedding
+    init: str = "zero"             # zero, fan_in, normal, deepnorm, see initial_std
 
     def __post_init__(self):
-        if self.structure not in STRUCTURES:
-            raise UserError(f"structure is {self.structure!r}; it must be one of {', '.join(STRUCTURES)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for name in ("vocab", "layers", "heads", "kv_heads", "width"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise UserError(f"heads {self.heads} must divide width {self.width} into heads of an even width")
-        if self.heads % self.kv_heads:
-            raise UserError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
-        if self.ffn_width < 0:
-            raise UserError(f"ffn_width is {self.ffn_width}; it must not be negative")
-        self.ffn_width = self.ffn_width or 32 * math.ceil(8 * self.width / 3 / 32)
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
+        for name in ("ffn_width", "head_width", "max_positions", "position_offset"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("rope_share", "embedding_gradient"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
+        if not self.head_width and self.width % self.heads:
+            raise UserError(f"heads {self.heads} must divide width {self.width}, unless head_width is given")
+        default = 32 * math.ceil(8 * self.width / 3 / 32) if self.ffn in GATES else 4 * self.width
+        self.ffn_width = self.ffn_width or default
+        self.head_width = self.head_width or self.width // self.heads
+        rope = self.positions in ("rope", "rope2d")
+        rotated = self.head_width / 2 if self.positions == "rope2d" else self.head_width * self.rope_share
+        for wrong, sentence in (
+            (self.heads % self.kv_heads, f"kv_heads {self.kv_heads} must divide heads {self.heads}"),
+            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}; positions "
+                                   f"{self.positions!r} turn pairs, and {rotated:g} coordinates are none"),
+            (self.positions != "rope" and (self.rope_share < 1 or self.rope_interleaved),
+             f"rope_share and rope_interleaved are for positions 'rope', not for {self.positions!r}"),
+            ((self.positions == "learned") != (self.max_positions > 0),
+             f"max_positions is {self.max_positions}, positions {self.positions!r}: only 'learned' wants it"),
+            (self.norm_bias and self.norm == "rms", "norm_bias is True, but norm 'rms' has no bias"),
+            (self.block != "serial" and (self.norm_place != "pre" or self.structure == "encdec"),
+             f"block {self.block!r} is for decoders with norm_place 'pre'"),
+            (self.positions == "rope2d" and self.structure == "encdec",
+             "positions 'rope2d' is for decoders, where source and target share a row"),
+        ):
+            if wrong:
+                raise UserError(sentence)
 
 
 # ---- attention: the text, and the routes that compute the same ---------------------------------------------
 
-def written_out_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, allowed_BHTS: Tensor) -> Tensor:
+def written_out_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, allowed_BHTS: Tensor,
+                          scale: float | None = None, bias_BHTS: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over the allowed keys (Vaswani et al. 2017, eq. 1). allowed: bool, may
-    broadcast.
+    broadcast. scale replaces 1 / sqrt(K); bias is added to the scores: relative positions.
     """
-    scores_BHTS = q_BHTK @ k_BHSK.transpose(-2, -1) / math.sqrt(q_BHTK.shape[-1])
+    scores_BHTS = q_BHTK @ k_BHSK.transpose(-2, -1)
+    scores_BHTS = scores_BHTS / math.sqrt(q_BHTK.shape[-1]) if scale is None else scores_BHTS * scale
+    scores_BHTS = scores_BHTS if bias_BHTS is None else scores_BHTS + bias_BHTS
     scores_BHTS = scores_BHTS.masked_fill(~allowed_BHTS, float("-inf"))
     weights_BHTS = torch.softmax(scores_BHTS.float(), dim=-1).to(v_BHSK.dtype)
     return weights_BHTS @ v_BHSK
 
 
-def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask) -> Tensor:
+def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | None = None) -> Tensor:
     """The same by a fused kernel. Returns (B, H, T, K).
 
-    mask: the predicate masks.causal itself (no tensor needed), a bool tensor that broadcasts to (B, H, T, S),
-    or a FlexAttention BlockMask. Each group of H / G query heads shares one key/value head (Ainslie et al.
-    2023).
+    mask: the predicate masks.causal itself (no tensor needed); a tensor that broadcasts to (B, H, T, S), bool
+    or added to the scores, -inf where attention is forbidden; FlexAttention's BlockMask; or a Biased one.
+    Each group of H / G query heads shares one key/value head (Ainslie et al. 2023).
     """
     if not isinstance(mask, Tensor) and mask is not masks_module.causal:
-        return flex(q_BHTK, k_BGSK, v_BGSK, mask)
+        return flex(q_BHTK, k_BGSK, v_BGSK, mask, scale)
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        mask = mask.to(q_BHTK.dtype)
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     if groups > 1 and q_BHTK.shape[2] == 1 and isinstance(mask, Tensor) and mask.shape[1] == 1:
         # decoding: the heads of a group become the queries of one head, and the cache need not be repeated
         queries = q_BHTK.unflatten(1, (-1, groups)).squeeze(3)
-        heads = F.scaled_dot_product_attention(queries, k_BGSK, v_BGSK, attn_mask=mask)
+        heads = F.scaled_dot_product_attention(queries, k_BGSK, v_BGSK, attn_mask=mask, scale=scale)
         return heads.flatten(1, 2).unsqueeze(2)
     k_BHSK, v_BHSK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BGSK, v_BGSK))
     if mask is not masks_module.causal:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask, scale=scale)
     if not q_BHTK.is_cuda:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True, scale=scale)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True, scale=scale)
 
 
-def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, block_mask) -> Tensor:
-    """FlexAttention: a fused kernel generated for the predicate; uncompiled on a CPU, where it serves the
-    tests.
+def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | None = None) -> Tensor:
+    """FlexAttention: a fused kernel generated for the predicate and the bias; uncompiled on a CPU, where it
+    serves the tests.
     """
     from torch.nn.attention.flex_attention import flex_attention
     kernel = _compiled_flex() if q_BHTK.is_cuda else flex_attention
+    block_mask, bias = mask if isinstance(mask, Biased) else (mask, None)
+    add_bias = bias and (lambda score, b, h, q, k: score + bias(b, h, q, k))
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    return kernel(q_BHTK, k_BGSK, v_BGSK, block_mask=block_mask, enable_gqa=grouped)
+    return kernel(q_BHTK, k_BGSK, v_BGSK, add_bias, block_mask, scale, enable_gqa=grouped)
 
 
 def _compiled_flex(compiled: list = []):
@@ -112,7 +170,28 @@ def _compiled_flex(compiled: list = []):
     return compiled[0]
 
 
-# ---- the parts ---------------------------------------------------------------------------------------------
+class Biased(NamedTuple):
+    """A BlockMask, and the bias(b, h, q, k) that FlexAttention adds to the scores."""
+    block_mask: Any
+    bias: Callable
+
+
+def with_bias(mask, bias: Callable, B: int, H: int, T: int, S: int, device) -> Tensor | Biased:
+    """Mask and bias in one, as `attention` takes them, made once for all layers of a stack.
+
+    bias(b, h, q, k) is what head h adds to the score of query q and key k: like a predicate, it becomes a
+    tensor or part of a fused kernel.
+    """
+    if mask is masks_module.causal:
+        mask = masks_module.realise(mask, 1, T, S, device)
+    if not isinstance(mask, Tensor):
+        return Biased(mask, bias)
+    b, h, q, k = (torch.arange(n, device=device).view([-1 if i == j else 1 for j in range(4)])
+                  for i, n in enumerate((B, H, T, S)))
+    return bias(b, h, q, k).masked_fill(~mask, float("-inf"))
+
+
+# ---- the parts: norms --------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, eq. 4): no mean is subtracted, no bias added."""
@@ -125,20 +204,110 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_angles(positions_BT: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def norm_of(config: ModelConfig) -> nn.Module:
+    """RMSNorm, or (x - mean(x)) / std(x) * weight [+ bias] (Ba et al. 2016, eq. 4)."""
+    if config.norm == "rms":
+        return RMSNorm(config.width, config.norm_eps)
+    return nn.LayerNorm(config.width, config.norm_eps, bias=config.norm_bias)
+
+
+# ---- the parts: positions ----------------------------------------------------------------------------------
+# Learned positions are added to the embedding (Stack); rotations turn queries and keys; biases change scores.
+
+def rotary_angles(positions_BT: Tensor, rotated_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position x theta^(-2i/K) for i < K/2 (Su et al. 2021, eq. 15). Each (B, 1, T, K/2),
     fp32.
     """
-    frequency = theta ** (-torch.arange(0, head_width, 2, device=positions_BT.device).float() / head_width)
+    pairs = torch.arange(0, rotated_width, 2, device=positions_BT.device)
+    frequency = theta ** (-pairs.float() / rotated_width)
     angle = positions_BT[:, None, :, None].float() * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+K/2}) by their angles, so that q . k depends on the distance alone."""
-    first, second = x_BHTK.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHTK.dtype)
+def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, bool] | None:
+    """(cos, sin, interleaved) for `rotate`. rope2d has positions (2, B, T), a token's index in the text and
+    its index in the blank it fills (ChatGLM-6B): each turns one half of every head.
+    """
+    if config.positions == "rope":
+        width = round(config.rope_share * config.head_width)
+        return *rotary_angles(positions, width, config.rope_theta), config.rope_interleaved
+    if config.positions == "rope2d":
+        both = [rotary_angles(p_BT, config.head_width // 2, config.rope_theta) for p_BT in positions]
+        cos, sin = (torch.stack(angles, dim=-2) for angles in zip(*both))           # (B, 1, T, 2, K/4)
+        return cos, sin, False
+    return None
 
+
+def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+K/2}) by their angles, so that q . k depends on the distance alone.
+
+    Interleaved, the pairs are (x_2i, x_2i+1). With angles for fewer than K/2 pairs, the rest of x passes.
+    """
+    x, two_halves, n = x_BHTK.float(), cos.dim() == 5, 2 * cos.shape[-1]
+    x = x.unflatten(-1, (2, n)) if two_halves else x
+    x, rest = (x[..., :n], x[..., n:]) if n < x.shape[-1] else (x, None)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    x = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    x = x if rest is None else torch.cat((x, rest), dim=-1)
+    return (x.flatten(-2) if two_halves else x).to(x_BHTK.dtype)
+
+
+BUCKETS, FARTHEST = 32, 128                     # T5's, in all sizes
+
+
+def relative_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
+    """The bucket of a distance key - query (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets hold one distance each, the others ranges that widen as the logarithm does, and the
+    last all from FARTHEST on. Bidirectional: keys after the query have one half of the buckets, keys before
+    it the other; else keys after it share bucket 0, as no causal mask lets them be seen.
+    """
+    n, first = BUCKETS, 0
+    if bidirectional:
+        n, first, distance = n // 2, n // 2 * (distance > 0), distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = n // 2
+    growth = (distance.clamp(min=1) / exact).log() / math.log(FARTHEST / exact) * (n - exact)
+    return first + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=n - 1))
+
+
+class RelativeBias(nn.Module):
+    """T5's positions: one learned number per head and bucket of distances, the same table in all layers."""
+
+    def __init__(self, config: ModelConfig, bidirectional: bool):
+        super().__init__()
+        self.weight, self.bidirectional = nn.Parameter(torch.zeros(BUCKETS, config.heads)), bidirectional
+
+    def forward(self, query_BT: Tensor, key_BS: Tensor) -> Callable:
+        """bias(b, h, q, k) for tokens at these positions."""
+        distance = torch.arange(-FARTHEST, FARTHEST + 1, device=query_BT.device)
+        table = self.weight[relative_bucket(distance, self.bidirectional)]
+        return lambda b, h, q, k: table[(key_BS[b, k] - query_BT[b, q] + FARTHEST).clamp(0, 2 * FARTHEST), h]
+
+
+class Alibi(nn.Module):
+    """ALiBi (Press et al. 2022): scores fall with the distance, by a slope of each head's own.
+
+    H heads, a power of two, have the slopes 2^(-8/H), 2^(-16/H), ..., 2^-8. Otherwise the slopes of the power
+    of two below H come first, then every other one of twice that power, as in the authors' code.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.H = config.heads
+
+    def slopes(self, device) -> Tensor:
+        h, power = torch.arange(1, self.H + 1, device=device), 2 ** (self.H.bit_length() - 1)
+        return 2.0 ** -torch.where(h <= power, 8 * h / power, 4 * (2 * (h - power) - 1) / power)
+
+    def forward(self, query_BT: Tensor, key_BS: Tensor) -> Callable:
+        slopes = self.slopes(query_BT.device)
+        return lambda b, h, q, k: -slopes[h] * (key_BS[b, k] - query_BT[b, q]).abs()
+
+
+# ---- the parts: attention and feed-forward -----------------------------------------------------------------
 
 class KVCache:
     """Keys and values of the tokens read so far: preallocated (B, G, S, K) per layer, `length` of S
@@ -149,6 +318,7 @@ class KVCache:
         shape = (config.layers, B, config.kv_heads, S, config.head_width)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.positions = torch.zeros((B, S), device=device, dtype=torch.long)      # for relative positions
         self.length = 0
         self.cross: list = [None] * config.layers     # keys and values of the encoder's output, computed once
 
@@ -162,9 +332,15 @@ class KVCache:
         self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k_BGTK, v_BGTK
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
+    def append_positions(self, positions_BT: Tensor) -> Tensor:
+        """Store the new tokens' positions; returns those of all tokens so far."""
+        end = self.length + positions_BT.shape[1]
+        self.positions[:, self.length:end] = positions_BT
+        return self.positions[:, :end]
+
     def keep(self, rows: Tensor) -> None:
         """Forget all rows of the batch but these."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
         self.cross = [pair and (pair[0][rows], pair[1][rows]) for pair in self.cross]
 
 
@@ -176,90 +352,137 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.H, self.G, self.K = config.heads, config.kv_heads, config.head_width
-        self.qkv = nn.Linear(config.width, (self.H + 2 * self.G) * self.K, bias=False)
-        self.out = nn.Linear(self.H * self.K, config.width, bias=False)
+        self.scale = None if config.scaled_attention else 1.0
+        self.qkv = nn.Linear(config.width, (self.H + 2 * self.G) * self.K, bias=config.bias != "none")
+        self.out = nn.Linear(self.H * self.K, config.width, bias=config.bias == "all")
 
     def heads(self, x_BTE: Tensor) -> Tensor:
         """(B, T, n K) -> (B, n, T, K) for any number n of heads"""
         return x_BTE.unflatten(-1, (-1, self.K)).transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor, mask, angles, cache=None, layer: int = 0) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask, angles=None, cache=None, layer: int = 0) -> Tensor:
         """Self-attention: queries and keys are rotated by their positions, keys and values go into the
         cache.
         """
         qk, v = self.heads(self.qkv(x_BTD)).split((self.H + self.G, self.G), dim=1)
-        q, k = rotate(qk, *angles).split((self.H, self.G), dim=1)
+        qk = rotate(qk, *angles) if angles else qk
+        q, k = qk.split((self.H, self.G), dim=1)
         if cache:
             k, v = (x.to(q.dtype) for x in cache.append(layer, k, v))
-        return self.joined(attention(q, k, v, mask))
+        return self.joined(attention(q, k, v, mask, self.scale))
+
+    def rows(self, x_BTD: Tensor, start: int, end: int | None) -> Tensor:
+        """The heads that these rows of the joint projection make."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[start:end]
+        return self.heads(F.linear(x_BTD, self.qkv.weight[start:end], bias))
 
     def keys_values(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output as keys and values, (B, G, S, K) each: the same for every target token."""
-        weight = self.qkv.weight[self.H * self.K:]
-        return self.heads(F.linear(memory_BSD, weight)).chunk(2, dim=1)
+        return self.rows(memory_BSD, self.H * self.K, None).chunk(2, dim=1)
 
     def across(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], mask) -> Tensor:
         """Cross-attention: queries from the target, keys and values from the source; no positions."""
-        q = self.heads(F.linear(x_BTD, self.qkv.weight[:self.H * self.K]))
-        return self.joined(attention(q, *keys_values, mask))
+        q = self.rows(x_BTD, 0, self.H * self.K)
+        return self.joined(attention(q, *keys_values, mask, self.scale))
 
     def joined(self, y_BHTK: Tensor) -> Tensor:
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """W_out (silu(W_gate x) * W_up x) (Shazeer 2020, eq. 6)."""
+class FeedForward(nn.Module):
+    """W_out act(W_in x), or with a gate W_out (act(W_gate x) * W_up x) (Shazeer 2020, eq. 5 and 6)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
-        self.out = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate, self.activation = GATES.get(config.ffn), ACTIVATIONS.get(config.ffn)
+        inner_width = 2 * config.ffn_width if self.gate else config.ffn_width
+        self.inner = nn.Linear(config.width, inner_width, bias=config.bias == "all")
+        self.out = nn.Linear(config.ffn_width, config.width, bias=config.bias == "all")
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
+        if not self.gate:
+            return self.out(self.activation(self.inner(x)))
+        gate, up = self.inner(x).chunk(2, dim=-1)
+        return self.out(self.gate(gate) * up)
 
+
+# ---- the block and the stack -------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), [x + cross-attention(norm(x)),] x +
-    feed-forward(norm(x)).
+    """Attention [, cross-attention] and feed-forward f, each added to the residual stream x. norm_place:
+
+        pre              x + f(norm(x))                Radford et al. 2019, and most since
+        post             norm(x + f(x))                Vaswani et al. 2017, section 3.1
+        deepnorm         norm(alpha x + f(x))          Wang et al. 2022; for N layers their alpha is
+                                                       (2N)^(1/4), and (2N)^(1/2), as here, GLM-130B's
+        normed_residual  alpha norm(x) + f(norm(x))    ChatGLM-6B: deepnorm, begun one norm earlier
+
+    A parallel block is x + attention(norm(x)) + ffn(norm(x)), with one norm for both or one for each.
     """
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False):
         super().__init__()
-        self.layer = layer
-        self.attention_norm, self.attention = RMSNorm(config.width, config.norm_eps), Attention(config)
-        self.cross_norm = RMSNorm(config.width, config.norm_eps) if cross else None
+        self.layer, self.norm_place, self.parallel = layer, config.norm_place, config.block != "serial"
+        self.alpha = 1.0 if config.norm_place == "post" else math.sqrt(2 * config.layers)
+        self.attention_norm, self.attention = norm_of(config), Attention(config)
+        self.cross_norm = norm_of(config) if cross else None
         self.cross = Attention(config) if cross else None
-        self.ffn_norm, self.ffn = RMSNorm(config.width, config.norm_eps), SwiGLU(config)
+        self.ffn_norm = None if config.block == "parallel" else norm_of(config)
+        self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, mask, angles, memory=None, cross_mask=None, cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, angles, cache, self.layer)
+    def add(self, x: Tensor, norm: nn.Module, f: Callable, *context) -> Tensor:
+        if self.norm_place == "pre":
+            return x + f(norm(x), *context)
+        if self.norm_place == "normed_residual":
+            x = norm(x)
+            return self.alpha * x + f(x, *context)
+        return norm(self.alpha * x + f(x, *context))
+
+    def forward(self, x: Tensor, mask, angles=None, memory=None, cross_mask=None, cache=None) -> Tensor:
+        if self.parallel:
+            y = self.attention_norm(x)
+            z = self.ffn_norm(x) if self.ffn_norm else y
+            return x + self.attention(y, mask, angles, cache, self.layer) + self.ffn(z)
+        x = self.add(x, self.attention_norm, self.attention, mask, angles, cache, self.layer)
         if self.cross:
             keys_values = cache.cross[self.layer] if cache else None
             keys_values = keys_values or self.cross.keys_values(memory)
             if cache:
                 cache.cross[self.layer] = keys_values
-            x = x + self.cross.across(self.cross_norm(x), keys_values, cross_mask)
-        return x + self.ffn(self.ffn_norm(x))
+            x = self.add(x, self.cross_norm, self.cross.across, keys_values, cross_mask)
+        return self.add(x, self.ffn_norm, self.ffn)
 
 
 class Stack(nn.Module):
-    """Blocks and the final norm. The encoder is one of these, the decoder another."""
+    """Positions, blocks, and the final norm. The encoder is one of these, the decoder another."""
 
-    def __init__(self, config: ModelConfig, cross: bool = False):
+    def __init__(self, config: ModelConfig, cross: bool = False, bidirectional: bool = False):
         super().__init__()
-        self.config = config
+        self.config, kind = config, config.positions
+        rows = config.max_positions + config.position_offset
+        self.positions = nn.Embedding(rows, config.width) if kind == "learned" else None
+        self.relative = (RelativeBias(config, bidirectional) if kind == "relative" else
+                         Alibi(config) if kind == "alibi" else None)
+        self.embedding_norm = norm_of(config) if config.embedding_norm else None
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = norm_of(config) if config.final_norm else None
 
     def forward(self, x: Tensor, positions: Tensor, mask, memory=None, cross_mask=None, cache=None) -> Tensor:
-        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        """positions: (B, T); rope2d (2, B, T)."""
+        if self.positions:
+            x = x + self.positions(positions + self.config.position_offset)
+        if self.embedding_norm:
+            x = self.embedding_norm(x)
+        if self.relative:
+            (B, T), of_keys = positions.shape, cache.append_positions(positions) if cache else positions
+            bias = self.relative(positions, of_keys)
+            mask = with_bias(mask, bias, B, self.config.heads, T, of_keys.shape[1], x.device)
+        angles = rotation(positions, self.config)
         for block in self.blocks:
             x = block(x, mask, angles, memory, cross_mask, cache)
         if cache:
             cache.length += x.shape[1]
-        return self.norm(x)
+        return self.norm(x) if self.norm else x
 
 
 # ---- the structures ----------------------------------------------------------------------------------------
@@ -271,8 +494,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
-        self.decoder = Stack(config, cross=config.structure == "encdec")
-        self.unembedding = nn.Linear(config.width, config.vocab, bias=False)
+        self.decoder = Stack(config, config.structure == "encdec", bidirectional=config.structure == "prefix")
+        self.unembedding = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
 
     def forward(self, batch, masks: Masks, where_BT: Tensor) -> Tensor:
         """Logits (N, V) of the next token, at the N positions where `where` is True, row by row.
@@ -280,23 +503,62 @@ class LanguageModel(nn.Module):
         Nothing else of the logits is ever needed, and for short answers to long prompts they are half of the
         work.
         """
-        return self.unembedding(self.hidden(batch, masks)[where_BT])
+        return self.logits(self.hidden(batch, masks)[where_BT])
 
-    def initialise(self) -> "LanguageModel":
-        """Matrices N(0, 1/fan_in); whatever is added to the residual stream, and the unembedding, start at
-        zero.
-
-        Every block is then the identity and the first loss is exactly ln V; embeddings of unit variance let a
-        small model leave the unigram plateau at once. Draws from torch's global generator.
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The tokens' vectors, and a share a = embedding_gradient of their gradient: what kept GLM-130B from
+        diverging (Zeng et al. 2023, section 3.1).
         """
+        x_BTD, a = self.embedding(tokens_BT), self.config.embedding_gradient
+        return x_BTD if a == 1 else a * x_BTD + (1 - a) * x_BTD.detach()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        logits = F.linear(hidden, (self.unembedding or self.embedding).weight)
+        return logits * self.config.width ** -0.5 if self.config.scaled_logits else logits
+
+    @torch.no_grad()
+    def initialise(self) -> "LanguageModel":
+        """Draw matrices from N(0, std^2), by torch's global generator; biases start at zero, norms at one."""
+        H, G, K = self.config.heads, self.config.kv_heads, self.config.head_width
+        if self.embedding.weight.is_meta:
+            return self                                        # shapes without values: nothing to draw
         for name, parameter in self.named_parameters():
-            if name.endswith(("out.weight", "unembedding.weight")):
+            if parameter.dim() == 2:
+                std = initial_std(name, parameter.shape, self.config)
+                nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif name == "embedding.weight":
-                nn.init.normal_(parameter, std=1.0)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            if name.endswith("qkv.weight") and not self.config.scaled_attention:
+                parameter[:H * K] *= K ** -0.5                 # T5: in the first weights, not in the scores
+            if name.endswith("qkv.weight") and self.config.init == "deepnorm":
+                parameter[(H + G) * K:] *= (2 * self.config.layers) ** -0.5
         return self
+
+
+def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
+    """The standard deviation that a matrix starts with; N is the number of layers. config.init:
+
+    fan_in    1 / fan_in is the variance; embeddings have variance 1 (T5's code; PaLM, section 5)
+    zero      the same, but zeros for what is added to the residual stream and for the unembedding: every
+              block is then the identity and the first loss exactly ln V; embeddings of unit variance let a
+              small model leave the unigram plateau at once. (A tied embedding: variance 1 / width.)
+    normal    0.02; what is added to the residual stream / sqrt(2N) (Radford et al. 2019, section 2.3)
+    deepnorm  Xavier; x beta = (2N)^(-1/2) for ffn, values and attention's output (Zeng et al. 2023, 2.2)
+    """
+    residual, beta = name.endswith("out.weight"), (2 * config.layers) ** -0.5
+    is_table = name.startswith(("embedding", "unembedding")) or "positions" in name
+    if config.init == "normal" or (config.init == "deepnorm" and is_table):
+        return 0.02 * beta if residual else 0.02
+    if config.init == "deepnorm":
+        side_by_side = 3 if "qkv" in name else 2 if "inner" in name and config.ffn in GATES else 1
+        xavier = math.sqrt(2 / (shape[1] + shape[0] / side_by_side))
+        return xavier if "qkv" in name else beta * xavier
+    if config.init == "zero" and (residual or name == "unembedding.weight"):
+        return 0.0
+    if name == "embedding.weight" and (config.scaled_logits or not config.tied):
+        return 1.0
+    return (config.width if name.endswith("relative.weight") else shape[1]) ** -0.5
 
 
 class Decoder(LanguageModel):
@@ -304,10 +566,11 @@ class Decoder(LanguageModel):
 
     def hidden(self, batch, masks: Masks) -> Tensor:
         """The last layer's output (B, T, D)."""
-        return self.decode(batch.tokens, batch.positions, masks.attention)
+        positions = batch.positions_2d if self.config.positions == "rope2d" else batch.positions
+        return self.decode(batch.tokens, positions, masks.attention)
 
-    def decode(self, tokens_BT: Tensor, positions_BT: Tensor, mask, cache: KVCache | None = None) -> Tensor:
-        return self.decoder(self.embedding(tokens_BT), positions_BT, mask, cache=cache)
+    def decode(self, tokens_BT: Tensor, positions: Tensor, mask, cache: KVCache | None = None) -> Tensor:
+        return self.decoder(self.embed(tokens_BT), positions, mask, cache=cache)
 
 
 class EncoderDecoder(LanguageModel):
@@ -317,7 +580,7 @@ class EncoderDecoder(LanguageModel):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.encoder = Stack(config)
+        self.encoder = Stack(config, bidirectional=True)
 
     def hidden(self, batch, masks: Masks) -> Tensor:
         """The decoder's last layer (B, T, D)."""
@@ -325,16 +588,41 @@ class EncoderDecoder(LanguageModel):
         return self.decode(batch.tokens, batch.positions, masks.attention, memory_BSD, masks.cross)
 
     def encode(self, source_BS: Tensor, positions_BS: Tensor, mask) -> Tensor:
-        return self.encoder(self.embedding(source_BS), positions_BS, mask)
+        return self.encoder(self.embed(source_BS), positions_BS, mask)
 
     def decode(self, tokens_BT: Tensor, positions_BT: Tensor, mask, memory_BSD: Tensor, cross_mask,
                cache: KVCache | None = None) -> Tensor:
-        return self.decoder(self.embedding(tokens_BT), positions_BT, mask, memory_BSD, cross_mask, cache)
+        return self.decoder(self.embed(tokens_BT), positions_BT, mask, memory_BSD, cross_mask, cache)
 
 
 def build(config: ModelConfig) -> LanguageModel:
     """A freshly initialised network of the given structure and sizes."""
     return (EncoderDecoder if config.structure == "encdec" else Decoder)(config).initialise()
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """A published network, such as "llama2-7b"; in other sizes by preset("t5-small", layers=2, width=64)."""
+    from presets import PRESETS
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        raise UserError(f"there is no preset {name!r}; the nearest is {nearest!r} (presets.py has all)")
+    config = ModelConfig(**PRESETS[name])
+    return scaled(config, **changes) if changes else config
+
+
+def scaled(config: ModelConfig, **changes) -> ModelConfig:
+    """The same variants in other sizes. What is not given keeps its proportion: heads, ffn_width and the
+    width of all heads together to width, kv_heads to heads.
+    """
+    if not {"width", "heads"} & set(changes):
+        return replace(config, **changes)
+    ratio = changes.get("width", config.width) / config.width
+    heads = changes.get("heads") or max(1, round(config.heads * ratio))
+    head_width = config.head_width * config.heads / heads * ratio
+    sizes = {"heads": heads, "head_width": max(4, 4 * round(head_width / 4)),
+             "kv_heads": math.gcd(heads, max(1, config.kv_heads * heads // config.heads)),
+             "ffn_width": max(8, 8 * round(config.ffn_width * ratio / 8))}
+    return replace(config, **{**sizes, **changes})
 
 
 class ScalarModel(nn.Module):

@@ -112,9 +112,9 @@ def test_routes_give_the_same_logits(structure, layout, batch_of, random_model, 
     sdpa = network(batch, masks.of_batch(structure, batch), real)
     flex = network(batch, form(masks.block_mask), real)
 
-    def by_hand(q, k, v, mask):
+    def by_hand(q, k, v, mask, scale):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return networks.written_out_attention(q, k, v, mask)
+        return networks.written_out_attention(q, k, v, mask, scale)
     monkeypatch.setattr(networks, "attention", by_hand)
     text = network(batch, form(masks.dense), real)
     torch.testing.assert_close(sdpa, text, atol=1e-5, rtol=0)
@@ -220,8 +220,8 @@ def test_rms_norm_equals_its_formula():
 
 def test_swiglu_equals_its_formula():
     """W_out (silu(W_gate x) * W_up x), with the gate in the upper half of the joint matrix."""
-    layer = networks.SwiGLU(ModelConfig(width=8, heads=2, ffn_width=12)).requires_grad_(False)
-    gate, up = layer.gate_up.weight.split(12)
+    layer = networks.FeedForward(ModelConfig(width=8, heads=2, ffn_width=12)).requires_grad_(False)
+    gate, up = layer.inner.weight.split(12)
     x = torch.randn(8)
     z = gate @ x
     expected = layer.out.weight @ (z / (1 + torch.exp(-z)) * (up @ x))

@@ -1,0 +1,137 @@
+"""The published families: the variants of model.ModelConfig that make each of them, and its published sizes.
+
+    python presets.py                   what differs between the families, as a Markdown table
+
+model.preset(name) builds a ModelConfig from PRESETS[name]. Sources are the papers and the released
+configurations; comments say where they leave something open, or we differ.
+"""
+
+GPT2 = dict(structure="causal", vocab=50257, norm="layer", norm_bias=True, positions="learned",
+            max_positions=1024, ffn="gelu_tanh", bias="all", tied=True, init="normal")
+GPT3 = dict(GPT2, max_positions=2048)       # left out: every other layer of it attends to a local band alone
+LLAMA = dict(structure="causal", vocab=32000, norm_eps=1e-6, ffn="swiglu", init="normal")
+LLAMA2 = dict(LLAMA, norm_eps=1e-5)
+BAICHUAN = dict(LLAMA, vocab=64000)
+# the embedding has variance 1 and is the unembedding too, hence logits / sqrt(width) (PaLM, section 5)
+PALM = dict(structure="causal", vocab=256000, kv_heads=1, head_width=256, norm="layer", norm_eps=1e-6,
+            ffn="swiglu", block="parallel", tied=True, scaled_logits=True, init="fan_in")
+T5 = dict(structure="encdec", vocab=32128, head_width=64, norm_eps=1e-6, positions="relative", ffn="relu",
+          tied=True, scaled_attention=False, scaled_logits=True, init="fan_in")
+FLAN_T5 = dict(T5, ffn="geglu_tanh", tied=False, scaled_logits=False)        # T5 1.1, taught to follow
+BART = dict(structure="encdec", vocab=50265, norm="layer", norm_bias=True, norm_place="post",
+            final_norm=False, embedding_norm=True, positions="learned", max_positions=1024,
+            position_offset=2, ffn="gelu", bias="all", tied=True, init="normal")
+FALCON = dict(structure="causal", vocab=65024, head_width=64, norm="layer", norm_bias=True, ffn="gelu",
+              tied=True, init="normal")
+CHATGLM = dict(structure="prefix", vocab=130528, norm="layer", norm_bias=True, norm_place="normed_residual",
+               positions="rope2d", ffn="gelu_tanh", bias="all", tied=True, embedding_gradient=0.1,
+               init="deepnorm")
+# Causal, though its base was pretrained with GLM's prefix mask: in a conversation every answer is followed by
+# more, and under a prefix mask each of n turns is an example of its own and no cache survives the next turn.
+CHATGLM2 = dict(structure="causal", vocab=65024, rope_share=0.5, rope_interleaved=True, ffn="swiglu",
+                bias="qkv", init="normal")
+GLM_130B = dict(structure="prefix", vocab=150528, norm="layer", norm_bias=True, norm_place="deepnorm",
+                final_norm=False, ffn="geglu", bias="all", tied=True, embedding_gradient=0.1, init="deepnorm")
+
+
+def sizes(variants: dict, layers: int, width: int, heads: int, **more) -> dict:
+    """One preset: multi-head attention, unless kv_heads says otherwise."""
+    return {"kv_heads": heads, **variants, "layers": layers, "width": width, "heads": heads, **more}
+
+
+PRESETS = {
+    "gpt2": sizes(GPT2, 12, 768, 12),
+    "gpt2-medium": sizes(GPT2, 24, 1024, 16),
+    "gpt2-large": sizes(GPT2, 36, 1280, 20),
+    "gpt2-xl": sizes(GPT2, 48, 1600, 25),
+    "gpt3-125m": sizes(GPT3, 12, 768, 12),
+    "gpt3-350m": sizes(GPT3, 24, 1024, 16),
+    "gpt3-760m": sizes(GPT3, 24, 1536, 16),
+    "gpt3-1.3b": sizes(GPT3, 24, 2048, 16),          # the paper's table says 24 heads of 128: wider than 2048
+    "gpt3-2.7b": sizes(GPT3, 32, 2560, 32),
+    "gpt3-6.7b": sizes(GPT3, 32, 4096, 32),
+    "gpt3-13b": sizes(GPT3, 40, 5120, 40),           # the paper's table says 5140, which 40 does not divide
+    "gpt3-175b": sizes(GPT3, 96, 12288, 96),
+    "llama-7b": sizes(LLAMA, 32, 4096, 32, ffn_width=11008),
+    "llama-13b": sizes(LLAMA, 40, 5120, 40, ffn_width=13824),
+    "llama-30b": sizes(LLAMA, 60, 6656, 52, ffn_width=17920),                # the paper calls it 33B
+    "llama-65b": sizes(LLAMA, 80, 8192, 64, ffn_width=22016),
+    "llama2-7b": sizes(LLAMA2, 32, 4096, 32, ffn_width=11008),
+    "llama2-13b": sizes(LLAMA2, 40, 5120, 40, ffn_width=13824),
+    "llama2-70b": sizes(LLAMA2, 80, 8192, 64, ffn_width=28672, kv_heads=8),
+    "baichuan-7b": sizes(BAICHUAN, 32, 4096, 32, ffn_width=11008),
+    "baichuan-13b": sizes(BAICHUAN, 40, 5120, 40, ffn_width=13696, positions="alibi"),
+    "falcon-7b": sizes(FALCON, 32, 4544, 71, kv_heads=1, block="parallel"),
+    "falcon-40b": sizes(FALCON, 60, 8192, 128, kv_heads=8, block="parallel_two_norms"),
+    "palm-8b": sizes(PALM, 32, 4096, 16, ffn_width=16384),
+    "palm-62b": sizes(PALM, 64, 8192, 32, ffn_width=32768),
+    "palm-540b": sizes(PALM, 118, 18432, 48, ffn_width=73728),
+    "u-palm-540b": sizes(PALM, 118, 18432, 48, ffn_width=73728, structure="prefix"),
+    "chatglm-6b": sizes(CHATGLM, 28, 4096, 32),
+    "chatglm2-6b": sizes(CHATGLM2, 28, 4096, 32, ffn_width=13696, kv_heads=2),
+    "glm-130b": sizes(GLM_130B, 70, 12288, 96, ffn_width=32768),
+    "t5-small": sizes(T5, 6, 512, 8, ffn_width=2048),
+    "t5-base": sizes(T5, 12, 768, 12, ffn_width=3072),
+    "t5-large": sizes(T5, 24, 1024, 16, ffn_width=4096),
+    "t5-3b": sizes(T5, 24, 1024, 32, ffn_width=16384, head_width=128),
+    "t5-11b": sizes(T5, 24, 1024, 128, ffn_width=65536, head_width=128),
+    "flan-t5-small": sizes(FLAN_T5, 8, 512, 6, ffn_width=1024),
+    "flan-t5-base": sizes(FLAN_T5, 12, 768, 12, ffn_width=2048),
+    "flan-t5-large": sizes(FLAN_T5, 24, 1024, 16, ffn_width=2816),
+    "flan-t5-xl": sizes(FLAN_T5, 24, 2048, 32, ffn_width=5120),
+    "flan-t5-xxl": sizes(FLAN_T5, 24, 4096, 64, ffn_width=10240),
+    "bart-base": sizes(BART, 6, 768, 12, ffn_width=3072),
+    "bart-large": sizes(BART, 12, 1024, 16, ffn_width=4096),
+}
+
+# ---- the table of differences ------------------------------------------------------------------------------
+
+FAMILIES = {"GPT-2": "gpt2", "GPT-3": "gpt3-", "LLaMA": "llama-", "LLaMA 2": "llama2-",
+            "Baichuan-7B": "baichuan-7b", "Baichuan-13B": "baichuan-13b", "Falcon-7B": "falcon-7b",
+            "Falcon-40B": "falcon-40b", "PaLM": "palm-", "U-PaLM": "u-palm-", "ChatGLM-6B": "chatglm-6b",
+            "ChatGLM2-6B": "chatglm2-6b", "GLM-130B": "glm-130b", "T5": "t5-", "Flan-T5": "flan-t5-",
+            "BART": "bart-"}                          # a family: the presets whose names begin so
+WORDS = {"causal": "causal decoder", "prefix": "prefix decoder", "encdec": "encoder-decoder",
+         "rms": "RMSNorm", "layer": "LayerNorm", "pre": "before", "post": "after",
+         "deepnorm": "after (DeepNorm)", "normed_residual": "before, residual too",
+         "rope": "RoPE", "rope2d": "2-D RoPE", "learned": "learned", "relative": "relative bias",
+         "alibi": "ALiBi", "relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "geglu": "GEGLU",
+         "geglu_tanh": "GEGLU (tanh)", "swiglu": "SwiGLU", "serial": "serial",
+         "parallel": "parallel, one norm", "parallel_two_norms": "parallel, two norms", "none": "none",
+         "qkv": "q, k, v", "all": "all"}
+
+
+def differences(config) -> dict[str, str]:
+    """{column of the table: what this config has there}"""
+    rope = " on half of the head" * (config.rope_share == 0.5) + ", interleaved" * config.rope_interleaved
+    query, kv = config.heads, config.kv_heads
+    kind = "multi-head" if kv == query else "multi-query" if kv == 1 else f"grouped, {query} : {kv}"
+    norm = WORDS[config.norm] + " without bias" * (config.norm == "layer" and not config.norm_bias)
+    extra = ", after the embedding" * config.embedding_norm + ", none at the end" * (not config.final_norm)
+    return {"structure": WORDS[config.structure], "norm": f"{norm}, {WORDS[config.norm_place]}{extra}",
+            "positions": WORDS[config.positions] + rope,
+            "attention": kind + ", unscaled" * (not config.scaled_attention),
+            "feed-forward": WORDS[config.ffn], "block": WORDS[config.block], "biases": WORDS[config.bias],
+            "unembedding": ("tied" if config.tied else "untied") + ", scaled" * config.scaled_logits}
+
+
+def table() -> str:
+    """A row per family. Where its sizes differ, both are said; parameters are counted on the meta device."""
+    import torch
+
+    import model
+    rows = []
+    for family, prefix in FAMILIES.items():
+        names = [name for name in PRESETS if name.startswith(prefix)]
+        with torch.device("meta"):
+            counts = [model.parameter_count(model.build(model.preset(name))) for name in names]
+        columns = [differences(model.preset(name)) for name in names]
+        cells = {column: " / ".join(dict.fromkeys(row[column] for row in columns)) for column in columns[0]}
+        ends = [f"{n / 1e9:.1f} B" if n > 1e9 else f"{n / 1e6:.0f} M" for n in (counts[0], counts[-1])]
+        rows.append([family, *cells.values(), " – ".join(dict.fromkeys(ends))])
+    head = ["", *cells, "parameters"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":
+    print(table())
