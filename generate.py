@@ -66,7 +66,7 @@ class Decoding:
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
         prompts = [[tokenizer.bos] + prompt for prompt in prompts]
         self.tokens, self.n_pad = left_padded(prompts, tokenizer.pad, device)
-        self.memory, self.cross = None, None
+        self.memory, self.cross, self.two_positions = None, None, model.config.positions == "rope2d"
         if self.structure == "encdec":
             self.encode()
             self.tokens = torch.full((len(prompts), 1), tokenizer.bos, device=device)
@@ -95,13 +95,19 @@ class Decoding:
         B, T = self.tokens.shape
         prompt = SimpleNamespace(document=document, part=torch.zeros_like(document), source_document=document)
         allowed = masks.predicates(self.structure, prompt).attention
+        if self.two_positions:
+            positions = torch.stack((positions, torch.zeros_like(positions)))
         return self.logits(self.tokens, positions, masks.dense(allowed, B, T, T, self.tokens.device))
 
     def read(self, new_B: Tensor) -> Tensor:
         """Logits (B, V) after one more token per row."""
         at = self.cache.length
         allowed = (self.slots[:at + 1] >= self.n_pad[:, None])[:, None, None, :]
-        return self.logits(new_B[:, None], (at - self.n_pad)[:, None], allowed)
+        positions = (at - self.n_pad)[:, None]
+        if self.two_positions:                     # the prompt's last place, and the place in the answer
+            in_answer = torch.full_like(positions, at + 1 - self.tokens.shape[1])
+            positions = torch.stack((positions - in_answer, in_answer))
+        return self.logits(new_B[:, None], positions, allowed)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -110,10 +116,10 @@ class Decoding:
         if self.structure == "encdec":
             self.memory, self.cross = self.memory[rows], self.cross[rows]
 
-    def logits(self, tokens_BT: Tensor, positions_BT: Tensor, mask) -> Tensor:
+    def logits(self, tokens_BT: Tensor, positions: Tensor, mask) -> Tensor:
         cross = (self.memory, self.cross) if self.structure == "encdec" else ()
-        hidden_BTD = self.model.decode(tokens_BT, positions_BT, mask, *cross, cache=self.cache)
-        return self.model.unembedding(hidden_BTD[:, -1])
+        hidden_BTD = self.model.decode(tokens_BT, positions, mask, *cross, cache=self.cache)
+        return self.model.logits(hidden_BTD[:, -1])
 
 
 @torch.no_grad()
@@ -128,7 +134,7 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    never = [token for token in (tokenizer.pad, tokenizer.bos, *tokenizer.sentinels)]
+    never = [token for token in tokenizer.specials.values() if token != tokenizer.end]
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         decoding = Decoding(model, [prompts[i] for i in chosen], max_new, tokenizer)

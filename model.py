@@ -610,6 +610,15 @@ def preset(name: str, **changes) -> ModelConfig:
     return scaled(config, **changes) if changes else config
 
 
+def preset_for(name: str, structure: str, context: int, **sizes) -> ModelConfig:
+    """A preset to be trained here: another structure if one is named, learned positions for this context."""
+    config = preset(name)
+    changes = {"structure": structure} if structure else {}
+    if config.positions == "learned":
+        changes["max_positions"] = 2 * context          # a source and its target may each fill the context
+    return scaled(config, **sizes, **changes)
+
+
 def scaled(config: ModelConfig, **changes) -> ModelConfig:
     """The same variants in other sizes. What is not given keeps its proportion: heads, ffn_width and the
     width of all heads together to width, kv_heads to heads.

@@ -30,12 +30,13 @@ from tokenizer import Tokenizer
 class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     out: str = "runs/pretrain"          # run folder
-    structure: str = "causal"           # causal, prefix or encdec
+    preset: str = ""                    # the variants of a published family (presets.py), in the sizes below
+    structure: str = ""                 # causal, prefix or encdec; left empty: the preset's, or causal
     objective: str = "next_token"       # next_token, prefix_lm, span_corruption, bart, glm_130b, ul2, ...
     vocab: int = 2048                   # tokens of the tokenizer trained here, special ones included
     layers: int = 3                     # layers (encdec: of each stack)
     heads: int = 4                      # attention heads
-    kv_heads: int = 2                   # key/value heads that they share
+    kv_heads: int = 2                   # key/value heads that they share; with a preset: its proportion
     width: int = 128                    # width of the residual stream
     steps: int = 2200                   # optimizer steps
     batch_size: int = 4                 # sequences a step, all ranks together; here rows of `context` tokens
@@ -108,8 +109,12 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
-    model = model_file.build(model_file.ModelConfig(config.structure, tokenizer.vocab, config.layers,
-                                                    config.heads, config.kv_heads, config.width))
+    sizes = dict(vocab=tokenizer.vocab, layers=config.layers, heads=config.heads, width=config.width)
+    if config.preset:
+        model = model_file.build(model_file.preset_for(config.preset, config.structure, config.context, **sizes))
+    else:
+        model = model_file.build(model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads,
+                                                        **sizes))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device)
 

@@ -24,7 +24,7 @@ def full_logits(network, prompt, answer, tokenizer) -> torch.Tensor:
 
 
 def forbidden(tokenizer) -> list[int]:
-    return [tokenizer.pad, tokenizer.bos, *tokenizer.sentinels]
+    return [token for token in tokenizer.specials.values() if token != tokenizer.end]
 
 
 def uncached_greedy(network, prompt, tokenizer, max_new: int) -> list[int]:
