@@ -110,11 +110,9 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     sizes = dict(vocab=tokenizer.vocab, layers=config.layers, heads=config.heads, width=config.width)
-    if config.preset:
-        model = model_file.build(model_file.preset_for(config.preset, config.structure, config.context, **sizes))
-    else:
-        model = model_file.build(model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads,
-                                                        **sizes))
+    model = model_file.build(
+        model_file.preset_for(config.preset, config.structure, config.context, **sizes) if config.preset else
+        model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads, **sizes))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device)
 

@@ -130,6 +130,31 @@ def test_generate_answers_from_a_run(flow, capsys):
     assert len(answers) == 3 and capsys.readouterr().out.count("\n") >= 3
 
 
+# ---- families --------------------------------------------------------------------------------------------
+
+OWN_OBJECTIVE = {"gpt2": "next_token", "llama2-70b": "next_token", "baichuan-13b": "next_token",
+                 "falcon-7b": "next_token", "falcon-40b": "next_token", "palm-8b": "next_token",
+                 "u-palm-540b": "u_palm", "chatglm-6b": "glm_10b", "chatglm2-6b": "glm_130b",
+                 "glm-130b": "glm_130b", "t5-small": "span_corruption", "flan-t5-small": "prefix_lm",
+                 "bart-base": "bart"}
+
+
+@pytest.mark.parametrize("preset, objective", OWN_OBJECTIVE.items())
+def test_every_family_learns_by_its_own_objective(preset, objective, package, tmp_path):
+    """Scaled down, each family goes through all four stages, and learns more than how often tokens occur."""
+    stages = stage_configs("causal", package, tmp_path)
+    sizes = dict(preset=preset, structure="", objective=objective, layers=2, heads=4, width=32, steps=120, lr=1e-2,
+                 eval_every=0, save_every=0)
+    pretrain, config = stages[0]
+    loss = pretrain(type(config)(**{**vars(config), **sizes}))["loss"]
+    loaded = train_pretrain.load_data(config, common.Run(tmp_path, torch.device("cpu"), torch.float32))
+    counts = torch.bincount(torch.tensor(sum(loaded.train, [])), minlength=loaded.tokenizer.vocab)
+    entropy = torch.special.entr(counts / counts.sum()).sum().item()
+    assert loss < 0.8 * entropy
+    for main, config in stages[1:]:
+        main(type(config)(**{**vars(config), "steps": 1, "eval_every": 0, "save_every": 0}))
+
+
 # ---- ranks -------------------------------------------------------------------------------------------------
 
 DRIVER = """
