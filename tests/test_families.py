@@ -510,7 +510,7 @@ class ByHand:
 @families
 def test_a_network_of_the_family_equals_plain_loops(name, tokenizer):
     """Logits of a source and a target, by the network and by loops over tokens, heads and keys."""
-    model, source, target = randomised(small(name)), random_tokens(4), random_tokens(5)
+    model, source, target = randomised(small(name)), random_tokens(6), random_tokens(11)
     batch = batch_for(name, lay_out([(source, [target])], model.config.structure, 1, tokenizer))
     expected = ByHand(name, model).logits([tokenizer.bos] + source,
                                           [tokenizer.bos] * (model.config.structure == "encdec") + target)
