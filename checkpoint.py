@@ -66,12 +66,15 @@ def latest(folder: Path) -> dict | None:
     return None
 
 
-def load_model(folder: str) -> LanguageModel | ScalarModel:
-    """The model of a finished stage."""
+def load_model(folder: str, context: int = 0) -> LanguageModel | ScalarModel:
+    """The model of a finished stage. context: tokens of a sequence that it will have to read."""
     state = latest(Path(folder))
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
     model = build(ModelConfig(**state["model_config"]))
+    if model.config.positions == "learned" and context > model.config.max_positions:
+        raise UserError(f"{folder} has learned {model.config.max_positions} positions; context {context} is "
+                        "longer")
     if "head.weight" in state["model"]:
         model = ScalarModel(model)
     try:

@@ -1,19 +1,17 @@
 """The networks: a decoder (causal and prefix are one network under two masks) and an encoder-decoder.
 
-Read it from top to bottom: the config, attention written out, the routes that compute the same faster, the
-parts (norms, positions, attention, feed-forward), the block, the two stacks, and the two heads: next-token
-logits for the language model, one scalar per token for reward and value models. The parts have a few named
-variants, and every published family is a choice among them (presets.py). Nothing here knows a loss or an
-optimizer. Dropout, which some of the families were trained with, is left out.
+Read it from top to bottom: attention written out, the routes that compute the same faster, the parts (norms,
+attention, feed-forward; positions.py has the positions), the block, the two stacks, and the two heads:
+next-token logits for the language model, one scalar per token for reward and value models. The parts have a
+few named variants, and every published family is a choice among them (presets.py). Nothing here knows a loss
+or an optimizer. Dropout, which some of the families were trained with, is left out.
 
 Letters in names: B batch, T query length, S key length, D width, H heads, G key/value heads, K head width,
 V vocabulary, F feed-forward width. `x_BTD` has shape (B, T, D).
 """
-import difflib
 import functools
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -21,90 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks as masks_module
-from errors import UserError
 from masks import Masks
-
-STRUCTURES = ("causal", "prefix", "encdec")
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
-GATES = {"geglu": F.gelu, "geglu_tanh": ACTIVATIONS["gelu_tanh"], "swiglu": F.silu}
-CHOICES = {"structure": STRUCTURES, "norm": ("rms", "layer"),
-           "norm_place": ("pre", "post", "deepnorm", "normed_residual"),
-           "positions": ("rope", "rope2d", "learned", "relative", "alibi"), "ffn": (*ACTIVATIONS, *GATES),
-           "block": ("serial", "parallel", "parallel_two_norms"), "bias": ("none", "qkv", "all"),
-           "init": ("zero", "fan_in", "normal", "deepnorm")}
-
-
-@dataclass
-class ModelConfig:
-    """Sizes and variants of a network. encdec has `layers` layers in the encoder and as many again in the
-    decoder.
-    """
-    structure: str = "causal"
-    vocab: int = 2048
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2              # grouped-query attention: `heads` share this many keys and values
-    width: int = 128
-    ffn_width: int = 0             # 0: 4 x width; gated 8/3 x width, rounded up to a multiple of 32
-    head_width: int = 0            # 0: width / heads
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    norm: str = "rms"              # rms, layer: LayerNorm, which also subtracts the mean
-    norm_bias: bool = False        # LayerNorm adds a bias
-    norm_place: str = "pre"        # where a block normalises, see Block: pre, post, deepnorm, normed_residual
-    final_norm: bool = True        # normalise the last block's output
-    embedding_norm: bool = False   # normalise what enters the first block
-    positions: str = "rope"        # rope, rope2d: two positions a token, learned, relative: T5's bias, alibi
-    rope_share: float = 1.0        # rotate this share of every head, and let the rest pass
-    rope_interleaved: bool = False  # rotate neighbours (2i, 2i + 1), not (i, i + half)
-    max_positions: int = 0         # learned: the longest sequence
-    position_offset: int = 0       # learned: position 0 reads this row of the table
-    ffn: str = "swiglu"            # relu, gelu, gelu_tanh; gated: geglu, geglu_tanh, swiglu
-    block: str = "serial"          # serial, parallel: attention and ffn read one norm, parallel_two_norms
-    bias: str = "none"             # which matrices add a bias: none, qkv, all
-    tied: bool = False             # the embedding is the unembedding too
-    scaled_attention: bool = True  # scores are divided by the root of head_width
-    scaled_logits: bool = False    # logits are divided by the root of width
-    embedding_gradient: float = 1.0  # share of the gradient that reaches the embedding
-    init: str = "zero"             # zero, fan_in, normal, deepnorm, see initial_std
-
-    def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
-        for name in ("vocab", "layers", "heads", "kv_heads", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("ffn_width", "head_width", "max_positions", "position_offset"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("rope_share", "embedding_gradient"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
-        if not self.head_width and self.width % self.heads:
-            raise UserError(f"heads {self.heads} must divide width {self.width}, unless head_width is given")
-        default = 32 * math.ceil(8 * self.width / 3 / 32) if self.ffn in GATES else 4 * self.width
-        self.ffn_width = self.ffn_width or default
-        self.head_width = self.head_width or self.width // self.heads
-        rope = self.positions in ("rope", "rope2d")
-        rotated = self.head_width / 2 if self.positions == "rope2d" else self.head_width * self.rope_share
-        for wrong, sentence in (
-            (self.heads % self.kv_heads, f"kv_heads {self.kv_heads} must divide heads {self.heads}"),
-            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}; positions "
-                                   f"{self.positions!r} turn pairs, and {rotated:g} coordinates are none"),
-            (self.positions != "rope" and (self.rope_share < 1 or self.rope_interleaved),
-             f"rope_share and rope_interleaved are for positions 'rope', not for {self.positions!r}"),
-            ((self.positions == "learned") != (self.max_positions > 0),
-             f"max_positions is {self.max_positions}, positions {self.positions!r}: only 'learned' wants it"),
-            (self.norm_bias and self.norm == "rms", "norm_bias is True, but norm 'rms' has no bias"),
-            (self.block != "serial" and (self.norm_place != "pre" or self.structure == "encdec"),
-             f"block {self.block!r} is for decoders with norm_place 'pre'"),
-            (self.positions == "rope2d" and self.structure == "encdec",
-             "positions 'rope2d' is for decoders, where source and target share a row"),
-        ):
-            if wrong:
-                raise UserError(sentence)
-
+from positions import Alibi, Biased, RelativeBias, rotate, rotation, with_bias
+from presets import STRUCTURES, ModelConfig, preset, preset_for, scaled     # noqa: F401 (used from here)
 
 # ---- attention: the text, and the routes that compute the same ---------------------------------------------
 
@@ -170,27 +87,6 @@ def _compiled_flex(compiled: list = []):
     return compiled[0]
 
 
-class Biased(NamedTuple):
-    """A BlockMask, and the bias(b, h, q, k) that FlexAttention adds to the scores."""
-    block_mask: Any
-    bias: Callable
-
-
-def with_bias(mask, bias: Callable, B: int, H: int, T: int, S: int, device) -> Tensor | Biased:
-    """Mask and bias in one, as `attention` takes them, made once for all layers of a stack.
-
-    bias(b, h, q, k) is what head h adds to the score of query q and key k: like a predicate, it becomes a
-    tensor or part of a fused kernel.
-    """
-    if mask is masks_module.causal:
-        mask = masks_module.realise(mask, 1, T, S, device)
-    if not isinstance(mask, Tensor):
-        return Biased(mask, bias)
-    b, h, q, k = (torch.arange(n, device=device).view([-1 if i == j else 1 for j in range(4)])
-                  for i, n in enumerate((B, H, T, S)))
-    return bias(b, h, q, k).masked_fill(~mask, float("-inf"))
-
-
 # ---- the parts: norms --------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -209,102 +105,6 @@ def norm_of(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.width, config.norm_eps)
     return nn.LayerNorm(config.width, config.norm_eps, bias=config.norm_bias)
-
-
-# ---- the parts: positions ----------------------------------------------------------------------------------
-# Learned positions are added to the embedding (Stack); rotations turn queries and keys; biases change scores.
-
-def rotary_angles(positions_BT: Tensor, rotated_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x theta^(-2i/K) for i < K/2 (Su et al. 2021, eq. 15). Each (B, 1, T, K/2),
-    fp32.
-    """
-    pairs = torch.arange(0, rotated_width, 2, device=positions_BT.device)
-    frequency = theta ** (-pairs.float() / rotated_width)
-    angle = positions_BT[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, bool] | None:
-    """(cos, sin, interleaved) for `rotate`. rope2d has positions (2, B, T), a token's index in the text and
-    its index in the blank it fills (ChatGLM-6B): each turns one half of every head.
-    """
-    if config.positions == "rope":
-        width = round(config.rope_share * config.head_width)
-        return *rotary_angles(positions, width, config.rope_theta), config.rope_interleaved
-    if config.positions == "rope2d":
-        both = [rotary_angles(p_BT, config.head_width // 2, config.rope_theta) for p_BT in positions]
-        cos, sin = (torch.stack(angles, dim=-2) for angles in zip(*both))           # (B, 1, T, 2, K/4)
-        return cos, sin, False
-    return None
-
-
-def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+K/2}) by their angles, so that q . k depends on the distance alone.
-
-    Interleaved, the pairs are (x_2i, x_2i+1). With angles for fewer than K/2 pairs, the rest of x passes.
-    """
-    x, two_halves, n = x_BHTK.float(), cos.dim() == 5, 2 * cos.shape[-1]
-    x = x.unflatten(-1, (2, n)) if two_halves else x
-    x, rest = (x[..., :n], x[..., n:]) if n < x.shape[-1] else (x, None)
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    x = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    x = x if rest is None else torch.cat((x, rest), dim=-1)
-    return (x.flatten(-2) if two_halves else x).to(x_BHTK.dtype)
-
-
-BUCKETS, FARTHEST = 32, 128                     # T5's, in all sizes
-
-
-def relative_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
-    """The bucket of a distance key - query (Raffel et al. 2020, section 2.1).
-
-    Half of the buckets hold one distance each, the others ranges that widen as the logarithm does, and the
-    last all from FARTHEST on. Bidirectional: keys after the query have one half of the buckets, keys before
-    it the other; else keys after it share bucket 0, as no causal mask lets them be seen.
-    """
-    n, first = BUCKETS, 0
-    if bidirectional:
-        n, first, distance = n // 2, n // 2 * (distance > 0), distance.abs()
-    else:
-        distance = (-distance).clamp(min=0)
-    exact = n // 2
-    growth = (distance.clamp(min=1) / exact).log() / math.log(FARTHEST / exact) * (n - exact)
-    return first + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=n - 1))
-
-
-class RelativeBias(nn.Module):
-    """T5's positions: one learned number per head and bucket of distances, the same table in all layers."""
-
-    def __init__(self, config: ModelConfig, bidirectional: bool):
-        super().__init__()
-        self.weight, self.bidirectional = nn.Parameter(torch.zeros(BUCKETS, config.heads)), bidirectional
-
-    def forward(self, query_BT: Tensor, key_BS: Tensor) -> Callable:
-        """bias(b, h, q, k) for tokens at these positions."""
-        distance = torch.arange(-FARTHEST, FARTHEST + 1, device=query_BT.device)
-        table = self.weight[relative_bucket(distance, self.bidirectional)]
-        return lambda b, h, q, k: table[(key_BS[b, k] - query_BT[b, q] + FARTHEST).clamp(0, 2 * FARTHEST), h]
-
-
-class Alibi(nn.Module):
-    """ALiBi (Press et al. 2022): scores fall with the distance, by a slope of each head's own.
-
-    H heads, a power of two, have the slopes 2^(-8/H), 2^(-16/H), ..., 2^-8. Otherwise the slopes of the power
-    of two below H come first, then every other one of twice that power, as in the authors' code.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.H = config.heads
-
-    def slopes(self, device) -> Tensor:
-        h, power = torch.arange(1, self.H + 1, device=device), 2 ** (self.H.bit_length() - 1)
-        return 2.0 ** -torch.where(h <= power, 8 * h / power, 4 * (2 * (h - power) - 1) / power)
-
-    def forward(self, query_BT: Tensor, key_BS: Tensor) -> Callable:
-        slopes = self.slopes(query_BT.device)
-        return lambda b, h, q, k: -slopes[h] * (key_BS[b, k] - query_BT[b, q]).abs()
 
 
 # ---- the parts: attention and feed-forward -----------------------------------------------------------------
@@ -387,6 +187,10 @@ class Attention(nn.Module):
 
     def joined(self, y_BHTK: Tensor) -> Tensor:
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+GATES = {"geglu": F.gelu, "geglu_tanh": ACTIVATIONS["gelu_tanh"], "swiglu": F.silu}
 
 
 class FeedForward(nn.Module):
@@ -598,40 +402,6 @@ class EncoderDecoder(LanguageModel):
 def build(config: ModelConfig) -> LanguageModel:
     """A freshly initialised network of the given structure and sizes."""
     return (EncoderDecoder if config.structure == "encdec" else Decoder)(config).initialise()
-
-
-def preset(name: str, **changes) -> ModelConfig:
-    """A published network, such as "llama2-7b"; in other sizes by preset("t5-small", layers=2, width=64)."""
-    from presets import PRESETS
-    if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise UserError(f"there is no preset {name!r}; the nearest is {nearest!r} (presets.py has all)")
-    config = ModelConfig(**PRESETS[name])
-    return scaled(config, **changes) if changes else config
-
-
-def preset_for(name: str, structure: str, context: int, **sizes) -> ModelConfig:
-    """A preset to be trained here: another structure if one is named, learned positions for this context."""
-    config = preset(name)
-    changes = {"structure": structure} if structure else {}
-    if config.positions == "learned":
-        changes["max_positions"] = 2 * context          # a source and its target may each fill the context
-    return scaled(config, **sizes, **changes)
-
-
-def scaled(config: ModelConfig, **changes) -> ModelConfig:
-    """The same variants in other sizes. What is not given keeps its proportion: heads, ffn_width and the
-    width of all heads together to width, kv_heads to heads.
-    """
-    if not {"width", "heads"} & set(changes):
-        return replace(config, **changes)
-    ratio = changes.get("width", config.width) / config.width
-    heads = changes.get("heads") or max(1, round(config.heads * ratio))
-    head_width = config.head_width * config.heads / heads * ratio
-    sizes = {"heads": heads, "head_width": max(4, 4 * round(head_width / 4)),
-             "kv_heads": math.gcd(heads, max(1, config.kv_heads * heads // config.heads)),
-             "ffn_width": max(8, 8 * round(config.ffn_width * ratio / 8))}
-    return replace(config, **{**sizes, **changes})
 
 
 class ScalarModel(nn.Module):

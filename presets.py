@@ -1,10 +1,98 @@
-"""The published families: the variants of model.ModelConfig that make each of them, and its published sizes.
+"""What a network is made of (ModelConfig), and the published families: which variants and sizes each one has.
 
     python presets.py                   what differs between the families, as a Markdown table
 
-model.preset(name) builds a ModelConfig from PRESETS[name]. Sources are the papers and the released
-configurations; comments say where they leave something open, or we differ.
+Sources are the papers and the released configurations; comments say where they leave something open, or we
+differ.
 """
+import difflib
+import math
+from dataclasses import dataclass, replace
+
+from errors import UserError
+
+STRUCTURES = ("causal", "prefix", "encdec")
+PLAIN, GATED = ("relu", "gelu", "gelu_tanh"), ("geglu", "geglu_tanh", "swiglu")
+CHOICES = {"structure": STRUCTURES, "norm": ("rms", "layer"),
+           "norm_place": ("pre", "post", "deepnorm", "normed_residual"),
+           "positions": ("rope", "rope2d", "learned", "relative", "alibi"), "ffn": PLAIN + GATED,
+           "block": ("serial", "parallel", "parallel_two_norms"), "bias": ("none", "qkv", "all"),
+           "init": ("zero", "fan_in", "normal", "deepnorm")}
+
+
+@dataclass
+class ModelConfig:
+    """Sizes and variants of a network. encdec has `layers` layers in the encoder and as many again in the
+    decoder.
+    """
+    structure: str = "causal"
+    vocab: int = 2048
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2              # grouped-query attention: `heads` share this many keys and values
+    width: int = 128
+    ffn_width: int = 0             # 0: 4 x width; gated 8/3 x width, rounded up to a multiple of 32
+    head_width: int = 0            # 0: width / heads
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    norm: str = "rms"              # rms, layer: LayerNorm, which also subtracts the mean
+    norm_bias: bool = False        # LayerNorm adds a bias
+    norm_place: str = "pre"        # where a block normalises, see Block: pre, post, deepnorm, normed_residual
+    final_norm: bool = True        # normalise the last block's output
+    embedding_norm: bool = False   # normalise what enters the first block
+    positions: str = "rope"        # rope, rope2d: two positions a token, learned, relative: T5's bias, alibi
+    rope_share: float = 1.0        # rotate this share of every head, and let the rest pass
+    rope_interleaved: bool = False  # rotate neighbours (2i, 2i + 1), not (i, i + half)
+    max_positions: int = 0         # learned: the longest sequence
+    position_offset: int = 0       # learned: position 0 reads this row of the table
+    ffn: str = "swiglu"            # relu, gelu, gelu_tanh; gated: geglu, geglu_tanh, swiglu
+    block: str = "serial"          # serial, parallel: attention and ffn read one norm, parallel_two_norms
+    bias: str = "none"             # which matrices add a bias: none, qkv, all
+    tied: bool = False             # the embedding is the unembedding too
+    scaled_attention: bool = True  # scores are divided by the root of head_width
+    scaled_logits: bool = False    # logits are divided by the root of width
+    embedding_gradient: float = 1.0  # share of the gradient that reaches the embedding
+    init: str = "zero"             # zero, fan_in, normal, deepnorm, see initial_std
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        for name in ("vocab", "layers", "heads", "kv_heads", "width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("ffn_width", "head_width", "max_positions", "position_offset"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("rope_share", "embedding_gradient"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
+        if not self.head_width and self.width % self.heads:
+            raise UserError(f"heads {self.heads} must divide width {self.width}, unless head_width is given")
+        default = 32 * math.ceil(8 * self.width / 3 / 32) if self.ffn in GATED else 4 * self.width
+        self.ffn_width = self.ffn_width or default
+        self.head_width = self.head_width or self.width // self.heads
+        rope = self.positions in ("rope", "rope2d")
+        rotated = self.head_width / 2 if self.positions == "rope2d" else self.head_width * self.rope_share
+        for wrong, sentence in (
+            (self.heads % self.kv_heads, f"kv_heads {self.kv_heads} must divide heads {self.heads}"),
+            (rope and rotated % 2, f"heads {self.heads} have head_width {self.head_width}; positions "
+                                   f"{self.positions!r} turn pairs, and {rotated:g} coordinates are none"),
+            (self.positions != "rope" and (self.rope_share < 1 or self.rope_interleaved),
+             f"rope_share and rope_interleaved are for positions 'rope', not for {self.positions!r}"),
+            ((self.positions == "learned") != (self.max_positions > 0),
+             f"max_positions is {self.max_positions}, positions {self.positions!r}: only 'learned' wants it"),
+            (self.norm_bias and self.norm == "rms", "norm_bias is True, but norm 'rms' has no bias"),
+            (self.block != "serial" and (self.norm_place != "pre" or self.structure == "encdec"),
+             f"block {self.block!r} is for decoders with norm_place 'pre'"),
+            (self.positions == "rope2d" and self.structure == "encdec",
+             "positions 'rope2d' is for decoders, where source and target share a row"),
+        ):
+            if wrong:
+                raise UserError(sentence)
+
+
+# ---- the families ------------------------------------------------------------------------------------------
 
 GPT2 = dict(structure="causal", vocab=50257, norm="layer", norm_bias=True, positions="learned",
             max_positions=1024, ffn="gelu_tanh", bias="all", tied=True, init="normal")
@@ -84,6 +172,40 @@ PRESETS = {
     "bart-large": sizes(BART, 12, 1024, 16, ffn_width=4096),
 }
 
+
+def preset(name: str, **changes) -> ModelConfig:
+    """A published network, such as "llama2-7b"; in other sizes by preset("t5-small", layers=2, width=64)."""
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        raise UserError(f"there is no preset {name!r}; the nearest is {nearest!r} (presets.py has all)")
+    config = ModelConfig(**PRESETS[name])
+    return scaled(config, **changes) if changes else config
+
+
+def preset_for(name: str, structure: str, context: int, **sizes) -> ModelConfig:
+    """A preset to be trained here: another structure if one is named, learned positions for this context."""
+    config = preset(name)
+    changes = {"structure": structure} if structure else {}
+    if config.positions == "learned":
+        changes["max_positions"] = 2 * context          # a source and its target may each fill the context
+    return scaled(config, **sizes, **changes)
+
+
+def scaled(config: ModelConfig, **changes) -> ModelConfig:
+    """The same variants in other sizes. What is not given keeps its proportion: heads, ffn_width and the
+    width of all heads together to width, kv_heads to heads.
+    """
+    if not {"width", "heads"} & set(changes):
+        return replace(config, **changes)
+    ratio = changes.get("width", config.width) / config.width
+    heads = changes.get("heads") or max(1, round(config.heads * ratio))
+    head_width = config.head_width * config.heads / heads * ratio
+    sizes = {"heads": heads, "head_width": max(4, 4 * round(head_width / 4)),
+             "kv_heads": math.gcd(heads, max(1, config.kv_heads * heads // config.heads)),
+             "ffn_width": max(8, 8 * round(config.ffn_width * ratio / 8))}
+    return replace(config, **{**sizes, **changes})
+
+
 # ---- the table of differences ------------------------------------------------------------------------------
 
 FAMILIES = {"GPT-2": "gpt2", "GPT-3": "gpt3-", "LLaMA": "llama-", "LLaMA 2": "llama2-",
@@ -124,8 +246,8 @@ def table() -> str:
     for family, prefix in FAMILIES.items():
         names = [name for name in PRESETS if name.startswith(prefix)]
         with torch.device("meta"):
-            counts = [model.parameter_count(model.build(model.preset(name))) for name in names]
-        columns = [differences(model.preset(name)) for name in names]
+            counts = [model.parameter_count(model.build(preset(name))) for name in names]
+        columns = [differences(preset(name)) for name in names]
         cells = {column: " / ".join(dict.fromkeys(row[column] for row in columns)) for column in columns[0]}
         ends = [f"{n / 1e9:.1f} B" if n > 1e9 else f"{n / 1e6:.0f} M" for n in (counts[0], counts[-1])]
         rows.append([family, *cells.values(), " – ".join(dict.fromkeys(ends))])

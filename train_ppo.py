@@ -148,7 +148,8 @@ class FourModels(torch.nn.Module):
 
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
-    policy, reward = checkpoint.load_model(config.init), checkpoint.load_model(config.reward)
+    policy = checkpoint.load_model(config.init, config.context)
+    reward = checkpoint.load_model(config.reward, config.context)
     if not isinstance(reward, model_file.ScalarModel):
         raise UserError(f"{config.reward} is no reward model; first run: python train_rm.py")
     model = FourModels(policy, reward)

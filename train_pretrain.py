@@ -120,9 +120,9 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
 # ---- 5. optimizer ------------------------------------------------------------------------------------------
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices, none on norms and embeddings."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name]
-    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embedding" in name]
+    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices, none on norms, biases and tables."""
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

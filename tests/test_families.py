@@ -8,6 +8,7 @@ import torch
 
 import masks
 import model as networks
+import positions as positions_file
 import objectives
 from conftest import random_examples, random_tokens
 from data import Batch, lay_out
@@ -521,7 +522,7 @@ def test_relative_buckets_equal_their_definition():
     distance = torch.arange(-400, 401)
     for bidirectional in (False, True):
         expected = [t5_bucket(d, bidirectional) for d in distance.tolist()]
-        assert networks.relative_bucket(distance, bidirectional).tolist() == expected
+        assert positions_file.relative_bucket(distance, bidirectional).tolist() == expected
         assert set(expected) == set(range(32)) - ({16} if bidirectional else set())
 
 

@@ -7,6 +7,7 @@ import torch
 
 import masks
 import model as networks
+import positions as positions_file
 import objectives
 from conftest import LAYOUTS, STRUCTURES, may_look, random_examples, random_tokens
 from data import lay_out
@@ -164,7 +165,7 @@ def test_attention_layer_equals_plain_loops(kv_heads, across):
     if across:
         result = layer.across(x, layer.keys_values(memory), mask)
     else:
-        result = layer(x, mask, networks.rotary_angles(positions, K, config.rope_theta))
+        result = layer(x, mask, positions_file.rotary_angles(positions, K, config.rope_theta))
     head = layer.qkv.weight.double().split(K)            # H queries, then G keys, then G values
 
     def projected(number, vector, position):
@@ -186,7 +187,7 @@ def test_attention_layer_equals_plain_loops(kv_heads, across):
 def test_rotation_equals_complex_multiplication():
     """Each pair of coordinates turns by position x theta^(-2i/K)."""
     x, positions = torch.randn(1, 1, 6, 8), torch.tensor([[0, 1, 2, 50, 400, 2047]])
-    result = networks.rotate(x, *networks.rotary_angles(positions, 8, 10000.0))
+    result = networks.rotate(x, *positions_file.rotary_angles(positions, 8, 10000.0))
     for t, position in enumerate(positions[0].tolist()):
         expected = rotated(x[0, 0, t], position, 10000.0).float()
         torch.testing.assert_close(result[0, 0, t], expected, atol=5e-4 if position > 100 else 2e-5, rtol=0)
@@ -196,7 +197,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     """q at p and k at p + d have one score for every p, and another for another d."""
     q, k, distances = torch.randn(8), torch.randn(8), (-7, 0, 1, 5)
     def score(at_q, at_k):
-        angles = networks.rotary_angles(torch.tensor([[at_q, at_k]]), 8, 10000.0)
+        angles = positions_file.rotary_angles(torch.tensor([[at_q, at_k]]), 8, 10000.0)
         a, b = networks.rotate(torch.stack((q, k))[None, None], *angles)[0, 0]
         return float(a @ b)
     of_distance = {d: [score(p, p + d) for p in (7, 20, 99, 500)] for d in distances}
@@ -335,4 +336,4 @@ def test_shape_checker_finds_a_wrong_name():
     with pytest.raises(AssertionError, match="allowed_BHTS has shape"):
         check_shapes(networks.written_out_attention, q, k, k, allowed[:, :1])
     with pytest.raises(AssertionError, match="positions_BT has shape"):
-        check_shapes(networks.rotary_angles, torch.zeros(2, 3, 1), 8, 10000.0)
+        check_shapes(positions_file.rotary_angles, torch.zeros(2, 3, 1), 8, 10000.0)

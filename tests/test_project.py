@@ -80,7 +80,8 @@ def test_imports_point_one_way():
     ours = set(imports)
     stages = {module.__name__ for module in STAGES}
     assert imports["masks"] & ours == set() and imports["objectives"] & ours == set()
-    assert imports["model"] & ours <= {"masks", "errors", "presets"}
+    assert imports["presets"] & ours <= {"errors"} and imports["positions"] & ours <= {"masks", "presets"}
+    assert imports["model"] & ours <= {"masks", "positions", "presets"}
     assert all(not imported & stages for imported in imports.values())
 
 
