@@ -42,7 +42,7 @@ class Config:
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 512                      # tokens of a packed row, about: several sequences share one
     lr: float = 1e-3                    # highest learning rate
-    warmup: int = 50                    # steps until it is reached; then a cosine down to a tenth
+    warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 300               # steps between evaluations, 0: only at the end

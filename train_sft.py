@@ -37,7 +37,7 @@ class Config:
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 128                      # tokens of a packed row, about: several sequences share one
     lr: float = 3e-3                    # highest learning rate
-    warmup: int = 50                    # steps until it is reached; then a cosine down to a tenth
+    warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     source_weight: float = 1.0          # of the loss on source tokens (causal decoder alone); targets: 1
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
