@@ -21,8 +21,8 @@ from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
 
 # settings in which a run may be gone on with; all others must be as they were
-FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "compile", "eval_every", "eval_size",
-        "save_every", "keep"}
+FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "ranks", "compile", "eval_every",
+        "eval_size", "save_every", "keep"}
 
 
 def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -> None:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import bench
+import compare
+import data
 import evaluate
 import generate
+import presets
 import train_ppo
 import train_pretrain
 import train_rm
@@ -41,7 +45,7 @@ def test_the_stages_are_siblings(earlier, later, share):
     assert matched / min(len(a), len(b)) >= share
 
 
-@pytest.mark.parametrize("module", (*STAGES, evaluate, generate))
+@pytest.mark.parametrize("module", (*STAGES, bench, compare, evaluate, generate))
 def test_every_field_is_read_and_explained(module):
     """A flag that nothing reads is a lie; a flag without a comment has no help."""
     program = "".join(path.read_text() for path in ROOT.glob("*.py"))
@@ -54,7 +58,7 @@ def test_every_field_is_read_and_explained(module):
 def test_the_readmes_commands_exist():
     """Every python command of the README names a file and flags that are there."""
     text = (ROOT / "README.md").read_text()
-    modules = {f"{module.__name__}.py": module for module in (*STAGES, evaluate, generate)}
+    modules = {f"{module.__name__}.py": module for module in (*STAGES, bench, compare, evaluate, generate)}
     commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (\w+\.py)((?: --?\w+(?: (?!&&)[^-\s`&][^\s`]*)?)*)", text)
     assert len(commands) >= 8
     for script, flags in commands:
@@ -74,6 +78,20 @@ def test_the_readmes_results_are_the_records():
     assert report["processor"] in text and report["versions"]["torch"] in text
 
 
+def test_the_readmes_families_are_the_presets():
+    """The table of what differs between the families is the one that presets.py makes."""
+    assert presets.table() in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_every_objective(tokenizer):
+    """Every --objective stands in the README's table."""
+    text = (ROOT / "README.md").read_text()
+    with pytest.raises(ValueError) as error:
+        data.objective_of("?", tokenizer, 64)
+    names = str(error.value).split("one of ")[1].split(", ")
+    assert len(names) > 10 and all(f"`{name}`" in text for name in names)
+
+
 def test_imports_point_one_way():
     """objectives calls no model, the model knows no data and no loss, nothing but tests imports a stage."""
     imports = {path.stem: set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)) for path in ROOT.glob("*.py")}
@@ -82,7 +100,7 @@ def test_imports_point_one_way():
     assert imports["masks"] & ours == set() and imports["objectives"] & ours == set()
     assert imports["presets"] & ours <= {"errors"} and imports["positions"] & ours <= {"masks", "presets"}
     assert imports["model"] & ours <= {"masks", "positions", "presets"}
-    assert all(not imported & stages for imported in imports.values())
+    assert all(not imported & stages for name, imported in imports.items() if name != "compare")
 
 
 def test_lines_and_functions_stay_short():
@@ -90,6 +108,6 @@ def test_lines_and_functions_stay_short():
     for path in ROOT.glob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             assert len(line) <= 110, f"{path.name}:{number}"
-    for module in (*STAGES, evaluate, generate):
+    for module in (*STAGES, bench, compare, evaluate, generate):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             assert len(inspect.getsource(function).splitlines()) <= 60, name

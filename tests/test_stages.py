@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import checkpoint
 import command_line
 import common
+import compare
 import evaluate
 import generate
 import train_ppo
@@ -153,6 +155,27 @@ def test_every_family_learns_by_its_own_objective(preset, objective, package, tm
     assert loss < 0.8 * entropy
     for main, config in stages[1:]:
         main(type(config)(**{**vars(config), "steps": 1, "eval_every": 0, "save_every": 0}))
+
+
+def test_structures_and_objectives_are_compared(package, tmp_path):
+    """One row of the comparison from pretraining to its cells; a second seed gives it a spread."""
+    config = compare.Config(out=str(tmp_path), data=str(package), steps=3, sft_steps=3, prompts=4, layers=1,
+                            width=32, device="cpu")
+    rows = [compare.measure(config, "prefix", "prefix_lm", seed) for seed in (1, 2)]
+    table = compare.table_of(rows)
+    assert table.count("±") == 5 and "| prefix | prefix_lm |" in table and "| encdec | bart |" in table
+    mean = (rows[0]["loss_sft"] + rows[1]["loss_sft"]) / 2
+    assert f"{mean:.3f}" in table and 0 <= rows[0]["gold"] <= 1 and rows[0]["loss_prefix_lm"] > 0
+
+
+def test_speed_is_measured_for_every_structure(capsys):
+    """bench.py prints one line with the figures that other programs print too."""
+    for what, structure in (("train", "causal"), ("train", "encdec"), ("generate", "prefix")):
+        bench.main(bench.Config(what=what, structure=structure, layers=1, heads=2, kv_heads=1, width=16,
+                                context=32, source=8 if structure == "encdec" else 0, batch_size=2, prompt=4,
+                                new=3, repetitions=2, device="cpu"))
+        record = json.loads(capsys.readouterr().out)
+        assert record["tokens_per_s"] > 0 and record["ms_p10"] <= record["ms_median"] <= record["ms_p90"]
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------
