@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -88,9 +90,20 @@ def start_ranks(n: int) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     os.environ.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0",
                       LOCAL_RANK="0")
-    return [subprocess.Popen([sys.executable, *sys.argv],
-                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(1, n)]
+    others = [subprocess.Popen([sys.executable, *sys.argv],
+                               env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+              for rank in range(1, n)]
+    threading.Thread(target=_watch, args=(others,), daemon=True).start()
+    return others
+
+
+def _watch(others: list[subprocess.Popen]) -> None:
+    """Where another rank dies, this one may be waiting for it in a call that nothing interrupts."""
+    while all(other.poll() in (None, 0) for other in others):
+        time.sleep(0.5)
+    time.sleep(10)                   # if it was a mistake of the user, this rank is about to say so itself
+    _say("a process of this run has died; the same command goes on from the last checkpoint", 1)
+    os._exit(1)
 
 
 def _say(message, code: int) -> int:

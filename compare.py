@@ -45,8 +45,8 @@ class Config:
     out: str = "runs/compare"           # folder of the runs, the results and the table
     data: str = ""                      # own data, not the default corpus
     seeds: int = 3                      # runs of every row
-    steps: int = 500                    # of pretraining
-    sft_steps: int = 500                # of fine-tuning
+    steps: int = 400                    # of pretraining
+    sft_steps: int = 400                # of fine-tuning
     prompts: int = 200                  # held-out functions on which the answers are scored
     layers: int = 3                     # layers (encdec: of each stack)
     width: int = 128                    # width of the residual stream

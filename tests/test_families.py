@@ -1,7 +1,7 @@
 """The published families: their exact sizes, and every variant against plain loops written from its paper."""
 import cmath
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import masks
 import model as networks
 import positions as positions_file
 import objectives
-from conftest import random_examples, random_tokens
+from conftest import LAYOUTS, random_examples, random_tokens
 from data import Batch, lay_out
 from generate import generate
 from model import KVCache, ModelConfig, preset
@@ -41,12 +41,7 @@ HEADS = {"gpt2": (4, 4), "llama2-7b": (4, 4), "llama2-70b": (4, 2), "baichuan-13
 families = pytest.mark.parametrize("name", HEADS)
 
 
-@dataclass
-class WithPositions2D(Batch):
-    positions_2d: torch.Tensor | None = None
-
-
-def with_positions_2d(batch: Batch) -> Batch:
+def positions_2d(batch: Batch) -> torch.Tensor:
     """ChatGLM's two positions: the index in the source, and 1, 2, ... in a target, whose first position stays
     that of the source's last token.
     """
@@ -55,13 +50,20 @@ def with_positions_2d(batch: Batch) -> Batch:
         first = (batch.document[b] == batch.document[b, t]) & (batch.part[b] == batch.part[b, t])
         start = batch.positions[b][first].min()
         both[0, b, t], both[1, b, t] = start - 1, batch.positions[b, t] - start + 1
-    return WithPositions2D(**{**vars(batch), "positions_2d": both})
+    return both
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_have_chatglms_two_positions(layout, batch_of):
+    """The layout gives them to every batch."""
+    batch = batch_of("prefix", layout)
+    assert torch.equal(batch.positions_2d, positions_2d(batch))
 
 
 def small(name: str, **changes) -> ModelConfig:
     """A family at toy sizes; what makes it that family stays."""
     heads, kv_heads = HEADS[name]
-    sizes = dict(layers=2, width=24 if heads == 3 else 32, heads=heads, kv_heads=kv_heads, vocab=379)
+    sizes = dict(layers=2, width=24 if heads == 3 else 32, heads=heads, kv_heads=kv_heads, vocab=387)
     sizes |= {"head_width": 8} if heads in (3, 6) else {}
     sizes |= {"max_positions": 40} if PRESETS[name].get("positions") == "learned" else {}
     return preset(name, **{**sizes, **changes})
@@ -79,10 +81,6 @@ def randomised(config: ModelConfig) -> networks.LanguageModel:
         if isinstance(module, (torch.nn.Embedding, networks.RelativeBias)):
             torch.nn.init.normal_(module.weight)
     return model
-
-
-def batch_for(name: str, batch: Batch) -> Batch:
-    return with_positions_2d(batch) if name == "chatglm-6b" else batch
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
@@ -139,7 +137,7 @@ def test_a_token_moves_exactly_what_may_see_it(name, layout, batch_of):
     """Whatever the parts, the mask alone decides."""
     model = randomised(small(name))
     structure = model.config.structure
-    batch = batch_for(name, batch_of(structure, layout))
+    batch = batch_of(structure, layout)
     before, real = outputs(model, batch), batch.document >= 0
     for field, expected in influence(structure, batch, 0, layers=2).items():
         for j in range(expected.shape[1]):
@@ -155,11 +153,11 @@ def test_packing_changes_nothing(name, tokenizer, monkeypatch):
     model = randomised(small(name))
     structure, examples = model.config.structure, random_examples([(5, [3, 6]), (0, [4]), (2, [5]), (7, [2])])
     monkeypatch.setattr("data.balanced_rows", lambda sizes, _: [[2, 0], [3, 1]] if len(sizes) == 4 else [[0]])
-    batch = batch_for(name, lay_out(examples, structure, 0, tokenizer))
+    batch = lay_out(examples, structure, 0, tokenizer)
     together = outputs(model, batch)
     for document, (source, targets) in enumerate(examples):
         for part, target in enumerate(targets, start=1):
-            alone = batch_for(name, lay_out([(source, [target])], structure, 0, tokenizer))
+            alone = lay_out([(source, [target])], structure, 0, tokenizer)
             torch.testing.assert_close(together[(batch.document == document) & (batch.part == part)],
                                        outputs(model, alone)[alone.part == 1], atol=5e-5, rtol=0)
 
@@ -170,7 +168,7 @@ def test_routes_give_the_same_logits(name, batch_of, monkeypatch):
     """Written-out attention, SDPA and FlexAttention are one network, with any bias and scale."""
     model = randomised(small(name))
     structure = model.config.structure
-    batch = batch_for(name, batch_of(structure, "packed"))
+    batch = batch_of(structure, "packed")
     (B, T), allowed, real = batch.tokens.shape, masks.predicates(structure, batch), batch.document >= 0
     S = T if batch.source is None else batch.source.shape[1]
 
@@ -194,7 +192,7 @@ def test_routes_give_the_same_logits(name, batch_of, monkeypatch):
 @families
 def test_shapes_are_what_names_say(name, batch_of):
     model = randomised(small(name))
-    batch = batch_for(name, batch_of(model.config.structure, "packed"))
+    batch = batch_of(model.config.structure, "packed")
     check_shapes(model, batch, masks.of_batch(model.config.structure, batch), batch.loss_mask)
 
 
@@ -512,7 +510,7 @@ class ByHand:
 def test_a_network_of_the_family_equals_plain_loops(name, tokenizer):
     """Logits of a source and a target, by the network and by loops over tokens, heads and keys."""
     model, source, target = randomised(small(name)), random_tokens(6), random_tokens(11)
-    batch = batch_for(name, lay_out([(source, [target])], model.config.structure, 1, tokenizer))
+    batch = lay_out([(source, [target])], model.config.structure, 1, tokenizer)
     expected = ByHand(name, model).logits([tokenizer.bos] + source,
                                           [tokenizer.bos] * (model.config.structure == "encdec") + target)
     torch.testing.assert_close(outputs(model, batch)[0].double(), expected, atol=2e-4, rtol=0)
@@ -594,15 +592,18 @@ def test_the_embeddings_gradient_shrinks_and_nothing_else(batch_of):
 
 @families
 def test_the_first_loss_is_about_ln_v(name, batch_of, tokenizer):
-    """And every weight of the network is in its sight. PaLM's is a little above: by its tied embedding of
-    unit variance, a network as built predicts the token that it has just read.
+    """And every weight of the network is in its sight. Not so PaLM's loss: its tied embedding of unit variance
+    makes a network of few layers predict the token that it has just read, and the loss is above ln V.
     """
     model = networks.build(small(name, vocab=tokenizer.vocab, width=96, head_width=16))
     structure = model.config.structure
-    batch = batch_for(name, batch_of(structure, "packed"))
+    batch = batch_of(structure, "packed")
     logits = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
     loss = objectives.language_model_loss(logits, batch.targets[batch.loss_mask]) / batch.loss_mask.sum()
-    assert loss.item() == pytest.approx(math.log(tokenizer.vocab), rel=0.2 if "palm" in name else 0.1)
+    if "palm" in name:
+        assert loss.item() > math.log(tokenizer.vocab)
+    else:
+        assert loss.item() == pytest.approx(math.log(tokenizer.vocab), rel=0.1)
     loss.backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 

@@ -249,7 +249,8 @@ def test_a_script_starts_its_own_ranks(package, tmp_path):
 
 def fails(monkeypatch, capsys, module, *flags: str) -> str:
     """Run a script with these flags; it must exit with 2 and one sentence on stderr, which is returned."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    ranks = ("--ranks", "1") if hasattr(module.Config, "ranks") else ()
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags, *ranks])
     with pytest.raises(SystemExit) as exit_info:
         command_line.run(module.main, module.Config, module.__doc__)
     error = capsys.readouterr().err
