@@ -24,10 +24,11 @@ from torch import Tensor
 
 import checkpoint
 import common
-import tokenizer as tokenizer_file
+import published_tokenizers
 from errors import UserError
 from layouts import LAYOUTS, Layout, read_config
 from model import LanguageModel, ModelConfig, build
+from tokenizer import Tokenizer
 
 # ---- safetensors: 8 bytes of length, that much JSON, and the tensors' bytes --------------------------------
 
@@ -276,7 +277,8 @@ def import_folder(config: Config) -> LanguageModel:
         raise UserError(f"{run.folder} holds a run already; choose another folder, or --overwrite it")
     c = read_json(folder / "config.json")
     layout, model_config = read_config(c)
-    tokenizer = tokenizer_file.published(folder, c)
+    ranks, settings, told = published_tokenizers.published(folder, c, model_config.structure)
+    tokenizer = Tokenizer(ranks, settings)
     if tokenizer.vocab > model_config.vocab:
         raise UserError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab - 1}, the network has "
                         f"{model_config.vocab} tokens")
@@ -285,7 +287,7 @@ def import_folder(config: Config) -> LanguageModel:
     model.load_state_dict(to_ours(read_folder(folder), layout, model_config, folder), assign=True)
     common.open_run(run, config, tokenizer, set())
     checkpoint.save(run, 0, config, model_config, model=model)
-    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.told()}\n"
+    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {told}\n"
           f'next: python generate.py --run {run.folder} --prompt "..."')
     return model
 

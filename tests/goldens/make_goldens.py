@@ -20,13 +20,19 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
 
-import weights                                  # noqa: E402  (the line above makes it importable)
+import checkpoint                               # noqa: E402  (the line above makes these importable)
+import common                                   # noqa: E402
+import masks                                    # noqa: E402
+import model as networks                        # noqa: E402
+import tokenizer as ours                        # noqa: E402
+import weights                                  # noqa: E402
 
 V, PREFIX, PROMPT = 60, 4, 5                    # tokens of the vocabulary, of a prefix, of a cached prompt
 CONFIGS = {
@@ -48,7 +54,8 @@ CONFIGS = {
                        num_attention_heads=4, num_kv_heads=2, bias=False, new_decoder_architecture=True),
     "chatglm2": dict(model_type="chatglm", padded_vocab_size=V, num_layers=2, hidden_size=32,
                      num_attention_heads=4, multi_query_attention=True, multi_query_group_num=2,
-                     kv_channels=8, ffn_hidden_size=48, layernorm_epsilon=1e-5, add_qkv_bias=True, add_bias_linear=False,
+                     kv_channels=8, ffn_hidden_size=48, layernorm_epsilon=1e-5, add_qkv_bias=True,
+                     add_bias_linear=False,
                      rmsnorm=True, post_layer_norm=True, original_rope=True,
                      apply_residual_connection_post_layernorm=False),
     "t5": dict(model_type="t5", vocab_size=V, num_layers=2, d_model=24, num_heads=4, d_kv=4, d_ff=32,
@@ -192,7 +199,131 @@ def make(name: str) -> None:
     assert size <= 100_000
 
 
+# ---- tokenizers: trained on LICENSE, run by the package `tokenizers` --------------------------------------
+
+TEXTS = ["Return the number of tokens.", "def area(width, height):\n    return width * height",
+         "  two  spaces ", "naïve café — 東京 🙂", "it's 12345 o'clock, isn't it?", "", "\n\n\ttab",
+         "a </s> b <|end|> <pad>"]
+SPECIAL = ["<s>", "<pad>", "</s>", "<|end|>"]
+
+
+def trained(kind: str) -> Tokenizer:
+    """A small tokenizer of the named published kind."""
+    byte_bpe = kind in ("gpt2", "bart", "split", "falcon")
+    model = models.Unigram() if kind == "t5" else models.BPE(byte_fallback=kind == "llama",
+                                                               unk_token="<unk>" if kind == "llama" else None)
+    tokenizer = Tokenizer(model)
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = {"gpt2": plain, "bart": plain, "t5": pre_tokenizers.Metaspace(),
+             "split": pre_tokenizers.Sequence([
+                 pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\s\p{N}]+|\s+"), behavior="isolated"),
+                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+             "falcon": pre_tokenizers.Sequence([pre_tokenizers.Punctuation("contiguous"), plain,
+                                                pre_tokenizers.Digits(),
+                                                pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")])}
+    if kind in words:
+        tokenizer.pre_tokenizer = words[kind]
+    else:                                       # LLaMA: no words, a space in front, and bytes for the unknown
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                     normalizers.Replace(" ", "▁")])
+    llama = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                  decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = (decoders.ByteLevel() if byte_bpe else llama if kind == "llama" else
+                         decoders.Metaspace())
+    lines = (HERE.parent.parent / "LICENSE").read_text().splitlines()
+    text = [line.replace(" ", "▁") for line in lines] if kind == "llama" else lines
+    quiet = {"show_progress": False}
+    if kind == "t5":
+        extra = [f"<extra_id_{i}>" for i in reversed(range(3))]
+        trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=["<pad>", "</s>", "<unk>"],
+                                          unk_token="<unk>", **quiet)
+        tokenizer.train_from_iterator(text, trainer)
+        tokenizer.add_special_tokens(extra)
+    elif kind == "llama":
+        pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=pieces, **quiet)
+        tokenizer.train_from_iterator(text, trainer)
+    else:
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=SPECIAL,
+                                      **quiet)
+        tokenizer.train_from_iterator(text, trainer)
+    return tokenizer
+
+
+def tokenizer_files(kind: str) -> tuple[dict, list[list[int]]]:
+    """{file: content} as published, and the ids of TEXTS, in which nothing is taken for a special token."""
+    content = json.loads(trained(kind).to_str())
+    if kind == "llama":                         # only three of them are special
+        content["added_tokens"] = content["added_tokens"][:3]
+    model, files = content["model"], {"tokenizer.json": content}
+    if kind == "bart":                          # ids in another order than that of the merges
+        ordinary = [token for token in model["vocab"] if token not in SPECIAL]
+        shuffled = [ordinary[i] for i in torch.randperm(len(ordinary)).tolist()]
+        model["vocab"] = {token: i for i, token in enumerate(SPECIAL[:3] + shuffled + SPECIAL[3:])}
+        content["added_tokens"] = []
+    if kind in ("gpt2", "bart"):
+        merges = [" ".join(merge) for merge in model["merges"]]
+        files = {"vocab.json": model["vocab"], "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n"}
+    bare = json.loads(json.dumps(content)) | {"added_tokens": []}
+    if kind == "t5":                            # else it would find </s> in its vocabulary
+        bare["model"]["vocab"][1][0] = "\0"
+        bare["model"]["vocab"][0][0] = "\0\0"
+    reference = Tokenizer.from_str(json.dumps(bare))
+    return files, [reference.encode(text, add_special_tokens=False).ids for text in TEXTS]
+
+
+def make_tokenizers() -> None:
+    kinds, path = {}, HERE / "tokenizers.json"
+    for kind in ("gpt2", "bart", "split", "falcon", "llama", "t5"):
+        files, ids = tokenizer_files(kind)
+        kinds[kind] = {"files": files, "ids": ids}
+    path.write_text(json.dumps({"texts": TEXTS, "kinds": kinds}, ensure_ascii=False, separators=(",", ":")))
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
+    assert path.stat().st_size <= 100_000
+
+
+# ---- the other direction -----------------------------------------------------------------------------------
+
+EXPORTS = {"gpt2": ("gpt2", dict(max_positions=40)), "llama2-7b": ("llama", dict(kv_heads=2)),
+           "t5-small": ("t5", {}), "flan-t5-small": ("t5", {})}
+
+
+def check_exports() -> None:
+    """A random model of ours, exported, read by the library: the same logits."""
+    for name, (layout, more) in EXPORTS.items():
+        config = networks.preset(name, vocab=300, layers=2, width=32, heads=4, **more)
+        model = networks.build(config).requires_grad_(False)
+        for key, weight in model.named_parameters():
+            torch.nn.init.normal_(weight, mean=float(weight.dim() == 1 and key.endswith("weight")), std=0.3)
+        with tempfile.TemporaryDirectory() as place:
+            run, out = common.Run(Path(place, "run"), torch.device("cpu"), torch.float32), Path(place, "out")
+            settings = weights.Config("export", str(run.folder), str(out), layout)
+            ranks = {bytes([byte]): byte for byte in range(180)}
+            common.open_run(run, settings, ours.Tokenizer(ranks), set())
+            checkpoint.save(run, 7, settings, config, model=model)
+            weights.main(settings)
+            auto = AutoModelForSeq2SeqLM if layout == "t5" else AutoModelForCausalLM
+            reference, told = auto.from_pretrained(out, output_loading_info=True)
+        assert not any(told[key] for key in told if key != "missing_keys") and not told["missing_keys"], told
+        tokens, positions = torch.randint(300, (2, 9)), torch.arange(9).expand(2, 9)
+        causal = masks.dense(masks.causal, 2, 9, 9)
+        cross = ()
+        if layout == "t5":
+            everything = masks.dense(masks.bidirectional, 2, 9, 9)
+            cross = (model.encode(tokens, positions, everything), everything)
+        mine = model.logits(model.decode(tokens, positions, causal, *cross))
+        theirs = reference.eval()(tokens, **({"decoder_input_ids": tokens} if cross else {})).logits
+        difference = float((mine - theirs).abs().max() / theirs.std())
+        print(f"{name} exported as {layout}: logits differ by {difference:.1e} of their spread")
+        assert difference <= 1e-4
+
+
 if __name__ == "__main__":
     with torch.no_grad():
+        torch.manual_seed(0)
+        if "--exports" in sys.argv:
+            sys.exit(check_exports())
+        make_tokenizers()
         for name in CONFIGS:
             make(name)
