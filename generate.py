@@ -73,6 +73,9 @@ class Decoding:
             self.tokens = torch.tensor(tokenizer.target_begin, device=device).repeat(len(prompts), 1)
             self.n_pad = torch.zeros_like(self.n_pad)
         B, P = self.tokens.shape
+        if 0 < model.config.max_positions < P + max_new - 1:
+            raise UserError(f"the model has {model.config.max_positions} positions; a prompt of {P} tokens "
+                            f"and an answer of {max_new} need {P + max_new - 1}")
         self.slots = torch.arange(P + max_new, device=device)
         self.cache = KVCache(model.config, B, P + max_new, device)
 

@@ -115,7 +115,7 @@ def read_bart(c: dict) -> ModelConfig:
 def write_gpt2(config: ModelConfig) -> dict:
     return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab,
             "n_layer": config.layers, "n_embd": config.width, "n_head": config.heads,
-            "n_inner": config.ffn_width, "n_positions": config.max_positions,
+            "n_inner": config.ffn_width, "n_positions": max(1, config.max_positions),
             "layer_norm_epsilon": config.norm_eps, "activation_function": "gelu_new",
             "tie_word_embeddings": config.tied}
 
@@ -227,8 +227,8 @@ def ungrouped(name: str, x: Tensor, config: ModelConfig) -> Tensor:
     """
     if not name.endswith("query_key_value.weight"):
         return x
-    groups = x.unflatten(0, (config.kv_heads, -1, config.head_width))
-    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
+    rows = torch.arange(len(x)).view(config.kv_heads, -1, config.head_width)
+    return x[torch.cat([part.flatten() for part in (rows[:, :-2], rows[:, -2], rows[:, -1])])]
 
 
 class Layout(NamedTuple):
