@@ -398,9 +398,9 @@ def test_packed_rows_of_an_imported_encoder_decoder(tmp_path):
 
 # ---- import and export -------------------------------------------------------------------------------------
 
-def put_checkpoint(folder: Path, name: str, kind: str = "gpt2", vocab: int = 400) -> Path:
-    """A published folder: the golden's sizes with as many tokens as the tokenizer needs, random weights."""
-    c = golden(name)[1] | {"vocab_size": vocab, **ROLES[kind][1]}
+def put_checkpoint(folder: Path, name: str, kind: str = "gpt2", **changes) -> Path:
+    """A published folder: the golden's sizes, more tokens than the tokenizer has, random weights."""
+    c = golden(name)[1] | {"vocab_size": 400, **ROLES[kind][1], **changes}
     c |= {key: 99 for key in ("n_positions", "max_position_embeddings") if key in c}
     layout, config = layouts.read_config(c)
     parts = [part for of in weights.plan(layout, config).values() for part in of]
@@ -492,3 +492,28 @@ def test_the_command_line_fails_in_one_sentence(tmp_path):
     failed = subprocess.run(program, capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     command(f"import {folder} {tmp_path / 'run'} --overwrite")
+
+
+MEASURED = """
+import sys, weights
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+def run(name):
+    weights.main(weights.parse(["import", f"{sys.argv[1]}/{name}", f"{sys.argv[1]}/{name}-run"]))
+run("small")                       # what the interpreter loads on the way is there before the measurement
+before = kilobytes("VmRSS")
+run("large")
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured where Linux tells it")
+def test_an_import_takes_little_more_memory_than_the_checkpoint(tmp_path):
+    """At most 1.3 x its size, beside the interpreter, although most tensors are joined from three or two."""
+    put_checkpoint(tmp_path / "small", "llama")
+    large = put_checkpoint(tmp_path / "large", "llama", hidden_size=512, num_hidden_layers=8,
+                           intermediate_size=2048)
+    size = (large / "model.safetensors").stat().st_size
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True,
+                          cwd=Path(weights.__file__).parent)
+    assert size > 100e6 and int(done.stdout.split()[-1]) <= 1.3 * size, done.stderr
