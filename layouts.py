@@ -251,13 +251,14 @@ CROSS_TABLE = {r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attentio
 LAYOUTS = {
     "gpt2": Layout(read_gpt2, names_gpt2, {**TIED, r"h\.\d+\.attn\.(bias|masked_bias)": ""}, "transformer.",
                    transposed, write_gpt2),
-    "llama": Layout(read_llama, names_llama, {"lm_head.weight": "embedding.weight", **ROTARY},
+    "llama": Layout(read_llama, names_llama, {**TIED, **ROTARY},
                     write_config=write_llama),
     "baichuan": Layout(read_baichuan, names_baichuan, ROTARY),
     "falcon": Layout(read_falcon, names_falcon, {**TIED, **ROTARY}, "transformer.", ungrouped),
     "chatglm2": Layout(read_chatglm2, names_chatglm2, ROTARY, "transformer."),
     "t5": Layout(read_t5, names_t5, {**COPIES, **CROSS_TABLE}, write_config=write_t5),
-    "bart": Layout(read_bart, names_bart, {**COPIES, r"final_logits_bias": "zeros"}, "model.")}
+    "bart": Layout(read_bart, names_bart, {**COPIES, "final_logits_bias": "zeros",
+                                           r"(encoder|decoder)\.version": ""}, "model.")}
 MODEL_TYPES = {"gpt2": "gpt2", "llama": "llama", "baichuan": "baichuan", "falcon": "falcon", "t5": "t5",
                "RefinedWeb": "falcon", "RefinedWebModel": "falcon", "chatglm": "chatglm2", "bart": "bart"}
 

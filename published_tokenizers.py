@@ -76,7 +76,7 @@ def without_specials(content: dict, specials: dict[str, int]) -> dict:
     model = dict(content["model"])
     if model["type"] == "Unigram":             # it would find them in its vocabulary: there no text matches
         ids = set(specials.values()) - {model.get("unk_id")}
-        model["vocab"] = [["\0" * (i + 1) if i in ids else piece, score]
+        model["vocab"] = [[f"\0{i}\0" if i in ids else piece, score]
                           for i, (piece, score) in enumerate(model["vocab"])]
     return {**content, "model": model, "added_tokens": [], "post_processor": None}
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import command_line
 import common
 import published_tokenizers
 from errors import UserError
@@ -322,7 +323,7 @@ def export_folder(config: Config) -> None:
 
 def parse(argv: list[str]) -> Config:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = command_line._Parser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, source, out in (("import", "a published checkpoint's folder", "the run folder to make"),
                                  ("export", "a run folder", "the folder to write")):
@@ -341,5 +342,6 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(parse(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -156,6 +156,19 @@ def test_copies_are_compared_and_stand_in_for_one_another():
         weights.to_ours(tensors, *layouts.read_config(c))
 
 
+@pytest.mark.parametrize("name, harmless", [
+    ("t5", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
+    ("gpt2", "h.1.attn.masked_bias"), ("bart", "model.encoder.version"),
+    ("falcon_7b", "transformer.h.0.self_attention.rotary_emb.inv_freq"),
+    ("chatglm2", "transformer.rotary_pos_emb.inv_freq"),
+    ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq")])
+def test_what_published_files_hold_besides_is_left_out(name, harmless):
+    published, c, _ = golden(name)
+    weights.to_ours({**as_read(published), harmless: torch.ones(3)}, *layouts.read_config(c))
+    with pytest.raises(ValueError, match="unexpected"):
+        weights.to_ours({**as_read(published), harmless + "x": torch.ones(3)}, *layouts.read_config(c))
+
+
 def test_a_prefix_may_stand_before_all_names():
     published, c, _ = golden("gpt2")
     layout, config = layouts.read_config(c)
@@ -404,7 +417,8 @@ def put_checkpoint(folder: Path, name: str, kind: str = "gpt2", **changes) -> Pa
     c |= {key: 99 for key in ("n_positions", "max_position_embeddings") if key in c}
     layout, config = layouts.read_config(c)
     parts = [part for of in weights.plan(layout, config).values() for part in of]
-    tensors = {part.name: torch.randn(part.shape) / 5 for part in parts}
+    dtype = torch.bfloat16 if name == "llama" else torch.float32
+    tensors = {part.name: (torch.randn(part.shape) / 5).to(dtype) for part in parts}
     folder.mkdir(parents=True)
     weights.write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(c))
@@ -425,6 +439,8 @@ def test_import_and_export_give_the_same_file(name, layout, kind, tmp_path):
     command(f"export {run} {out} --layout {layout}")
     first, second = (weights.read_safetensors(where / "model.safetensors")[0] for where in (folder, out))
     assert set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first)
+    assert {key: first[key].dtype for key in first} == {key: second[key].dtype for key in second}
+    assert {p.dtype for p in checkpoint.load_model(run).parameters()} == {torch.float32}
     put_tokenizer(out, kind)
     command(f"import {out} {tmp_path / 'again'}")
     a, b = (checkpoint.latest(where) for where in (run, tmp_path / "again"))
@@ -490,6 +506,8 @@ def test_the_command_line_fails_in_one_sentence(tmp_path):
     command(f"import {folder} {tmp_path / 'run'}")
     program = [sys.executable, str(Path(weights.__file__)), "import", str(folder), str(tmp_path / "run")]
     failed = subprocess.run(program, capture_output=True, text=True)
+    with pytest.raises(ValueError, match="--layout"):
+        command("export a b")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     command(f"import {folder} {tmp_path / 'run'} --overwrite")
 
@@ -511,7 +529,7 @@ print(1024 * (kilobytes("VmHWM") - before))
 def test_an_import_takes_little_more_memory_than_the_checkpoint(tmp_path):
     """At most 1.3 x its size, beside the interpreter, although most tensors are joined from three or two."""
     put_checkpoint(tmp_path / "small", "llama")
-    large = put_checkpoint(tmp_path / "large", "llama", hidden_size=512, num_hidden_layers=8,
+    large = put_checkpoint(tmp_path / "large", "llama", hidden_size=512, num_hidden_layers=16,
                            intermediate_size=2048)
     size = (large / "model.safetensors").stat().st_size
     done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True,
