@@ -529,9 +529,9 @@ print(1024 * (kilobytes("VmHWM") - before))
 def test_an_import_takes_little_more_memory_than_the_checkpoint(tmp_path):
     """At most 1.3 x its size, beside the interpreter, although most tensors are joined from three or two."""
     put_checkpoint(tmp_path / "small", "llama")
-    large = put_checkpoint(tmp_path / "large", "llama", hidden_size=512, num_hidden_layers=16,
+    large = put_checkpoint(tmp_path / "large", "llama", hidden_size=512, num_hidden_layers=8,
                            intermediate_size=2048)
     size = (large / "model.safetensors").stat().st_size
     done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True,
                           cwd=Path(weights.__file__).parent)
-    assert size > 100e6 and int(done.stdout.split()[-1]) <= 1.3 * size, done.stderr
+    assert size > 60e6 and int(done.stdout.split()[-1]) <= 1.3 * size, done.stderr
