@@ -248,7 +248,8 @@ def test_tensors_at_odd_places_are_read(tmp_path):
     header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
               "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}}
     write_raw(tmp_path / "x.safetensors", header, b"\7" + torch.tensor([1.5, 2.5]).numpy().tobytes())
-    assert weights.read_safetensors(tmp_path / "x.safetensors")[0]["b"].tolist() == [1.5, 2.5]
+    b = weights.read_safetensors(tmp_path / "x.safetensors")[0]["b"]
+    assert b.tolist() == [1.5, 2.5] and b.data_ptr() % 4 == 0
 
 
 def write_raw(path: Path, header: dict | str, data: bytes) -> None:
@@ -475,6 +476,8 @@ def test_later_stages_go_on_from_an_imported_run(name, kind, tmp_path, monkeypat
     (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"PK"), "no safetensors file"),
     (lambda folder: (folder / "merges.txt").unlink(), "neither tokenizer.json nor"),
+    (lambda folder: (folder / "config.json").write_text(json.dumps(json.loads(
+        (folder / "config.json").read_text()) | {"vocab_size": 100})), "ids up to 339, the network has 100"),
     (lambda folder: weights.write_safetensors(folder / "model.safetensors", {}, {}), "missing wte.weight")])
 def test_a_failed_import_writes_nothing(spoil, sentence, tmp_path):
     folder = put_checkpoint(tmp_path / "published", "gpt2")

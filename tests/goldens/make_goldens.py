@@ -3,9 +3,10 @@
     pip install torch==2.13.0 transformers==5.23.0 && python tests/goldens/make_goldens.py
 
 Run once, from the repository's root; nothing else needs that library. <family>.safetensors holds the weights
-under their published names (model/...), inputs and logits; its metadata the published config.json. With
---exports it checks the other direction and writes nothing: what weights.py exports, the library loads, with
-the same logits.
+under their published names (model/...), inputs and logits; its metadata the published config.json: the same
+bytes every time. tokenizers.json holds small tokenizers of every kind and what they make of a few texts; their
+training breaks ties at random, so it comes out anew. With --exports it checks the other direction and writes
+nothing: what weights.py exports, the library loads, with the same logits.
 
 Baichuan and ChatGLM2 are not in the library (their code comes with the weights), so their nearest relatives
 compute: Baichuan-7B is LLaMA's block with q, k and v in one tensor. Baichuan-13B is the same with LLaMA's
