@@ -4,7 +4,7 @@
 
 Run once, from the repository's root; nothing else needs that library. <family>.safetensors holds the weights
 under their published names (model/...), inputs and logits; its metadata the published config.json: the same
-bytes every time. tokenizers.json holds small tokenizers of every kind and what they make of a few texts; their
+bytes every time. tokenizers.json holds a small tokenizer of every kind and its ids of a few texts; their
 training breaks ties at random, so it comes out anew. With --exports it checks the other direction and writes
 nothing: what weights.py exports, the library loads, with the same logits.
 
