@@ -33,8 +33,8 @@ class Batch:
     """Named tensors of packed rows: what the model reads, where the loss counts. All (B, T), source* (B, S).
 
     A decoder's row is <bos> source target; an encoder-decoder has <bos> source in `source` and <bos> target
-    here. The whole target is in the row, its last token too (there the reward is read), although nothing
-    follows it.
+    here (a published tokenizer may have other tokens there, see Tokenizer). The whole target is in the row,
+    its last token too (there the reward is read), although nothing follows it.
     """
     tokens: Tensor
     targets: Tensor              # the token that the logits of each token predict
@@ -96,16 +96,20 @@ def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
 def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer: Tokenizer) -> Batch:
     """Pack examples into as few rows as hold them. Targets include their end token, where they have one."""
     encdec = structure == "encdec"
-    lengths = [(1 + len(source), sum(map(len, targets)), len(targets)) for source, targets, *_ in examples]
-    packed = balanced_rows([(s, t + k) if encdec else (s + t,) for s, t, k in lengths], row_length)
+    begin, target_begin = tokenizer.begin, tokenizer.target_begin if encdec else []
+    closed = tokenizer.source_end if encdec else []
+    lengths = [(len(begin + source + closed), sum(len(target_begin + target) for target in targets),
+                len(targets)) for source, targets, *_ in examples]
+    packed = balanced_rows([(s, t) if encdec else (s + t,) for s, t, _ in lengths], row_length)
     decoder, encoder = _Rows(len(packed), tokenizer), _Rows(len(packed), tokenizer)
     for b, chosen in enumerate(packed):
         for i in chosen:
             source, targets, blanks = Example(*examples[i])[:3]
             first = targets[0][0] if targets and targets[0] and not blanks else None
+            source = begin + source + closed
             (encoder if encdec else decoder).add_source(b, i, source, follows=None if encdec else first)
             for k, target in enumerate(targets, start=1):
-                decoder.add_target(b, i, k, target, blanks, 0 if encdec else len(source), begin=encdec)
+                decoder.add_target(b, i, k, target, blanks, 0 if encdec else len(source) - 1, target_begin)
     columns = decoder.tensors()
     columns["positions"] = columns["positions_2d"].sum(0)
     if encdec:
@@ -131,14 +135,14 @@ class _Rows:
 
     def add_source(self, row: int, document: int, source: list[int], follows: int | None) -> None:
         """follows: the first token of the target, which the last source token predicts, or None."""
-        n, counted = 1 + len(source), follows is not None
-        self.add(row, n, tokens=[self.tokenizer.bos] + source, targets=source + [follows or 0],
+        n, counted = len(source), follows is not None
+        self.add(row, n, tokens=source, targets=source[1:] + [follows or 0],
                  source_mask=[True] * (n - 1) + [False], loss_mask=[False] * (n - 1) + [counted],
                  place=range(n), document=document)
 
     def add_target(self, row: int, document: int, part: int, target: list[int], blanks: tuple, start: int,
-                   begin: bool) -> None:
-        """start: the place of the last source token. begin: with <bos> in front, as a decoder of its own.
+                   begin: list[int]) -> None:
+        """start: the place of the last source token. begin: what a decoder of its own has in front.
 
         A target of blanks holds <sop> span <eop> for each. It reads no <eop> and predicts no <sop>; a span
         stands at the place of its mask (GLM, Du et al. 2022, section 2.1).
@@ -146,14 +150,16 @@ class _Rows:
         if blanks:
             sop, eop = self.tokenizer.specials["<sop>"], self.tokenizer.specials["<eop>"]
             tokens, following = [t for t in target if t != eop], [t for t in target if t != sop]
-            place = [blanks[span] + 1 for span in np.cumsum([token == sop for token in tokens]) - 1]
+            first, span_of = len(self.tokenizer.begin), np.cumsum([token == sop for token in tokens]) - 1
+            place = [blanks[span] + first for span in span_of]
             block = [i - place.index(at) + 1 for i, at in enumerate(place)]
         else:
-            tokens, place = [self.tokenizer.bos] * begin + target, start
-            following, block = tokens[1:], range(1 - begin, 1 - begin + len(tokens))
-        n, counted = len(tokens), len(following)
+            tokens, place = begin + target, start
+            following, block = tokens[1:], range(not begin, (not begin) + len(tokens))
+        n, counted, given = len(tokens), len(following), 0 if blanks else len(begin[1:])
         self.add(row, n, tokens=tokens, targets=following + [0] * (n - counted), place=place, block=block,
-                 loss_mask=[True] * counted + [False] * (n - counted), document=document, part=part,
+                 loss_mask=[False] * given + [True] * (counted - given) + [False] * (n - counted),
+                 document=document, part=part,
                  last=[False] * (n - 1) + [True] if n else [])
 
     def tensors(self) -> dict[str, Tensor]:

@@ -64,14 +64,18 @@ class Decoding:
 
     def __init__(self, model: LanguageModel, prompts: list[list[int]], max_new: int, tokenizer: Tokenizer):
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
-        prompts = [[tokenizer.bos] + prompt for prompt in prompts]
+        closed = tokenizer.source_end if self.structure == "encdec" else []
+        prompts = [tokenizer.begin + prompt + closed for prompt in prompts]
         self.tokens, self.n_pad = left_padded(prompts, tokenizer.pad, device)
         self.memory, self.cross, self.two_positions = None, None, model.config.positions == "rope2d"
         if self.structure == "encdec":
             self.encode()
-            self.tokens = torch.full((len(prompts), 1), tokenizer.bos, device=device)
+            self.tokens = torch.tensor(tokenizer.target_begin, device=device).repeat(len(prompts), 1)
             self.n_pad = torch.zeros_like(self.n_pad)
         B, P = self.tokens.shape
+        if 0 < model.config.max_positions < P + max_new - 1:
+            raise UserError(f"the model has {model.config.max_positions} positions; a prompt of {P} tokens "
+                            f"and an answer of {max_new} need {P + max_new - 1}")
         self.slots = torch.arange(P + max_new, device=device)
         self.cache = KVCache(model.config, B, P + max_new, device)
 
@@ -81,7 +85,7 @@ class Decoding:
         return torch.where(positions < 0, -1, 0), positions.clamp(min=0)
 
     def encode(self) -> None:
-        """The encoder-decoder reads its prompt once; the decoder then starts from <bos>."""
+        """The encoder-decoder reads its prompt once; the decoder then starts from its own beginning."""
         document, positions = self.documents()
         B, S = self.tokens.shape
         within = masks.same_document(document, document)
@@ -130,11 +134,11 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     they end.
 
     Prompts of similar length share a batch, so that little is padded. No special token but the end is ever
-    drawn.
+    drawn, and none of the tokens by which a published vocabulary was padded.
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    never = [token for token in tokenizer.specials.values() if token != tokenizer.end]
+    never = sorted(set(range(model.config.vocab)) - set(tokenizer.text) - {tokenizer.end})
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         decoding = Decoding(model, [prompts[i] for i in chosen], max_new, tokenizer)

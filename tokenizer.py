@@ -4,6 +4,7 @@ Text that looks like a special token is ordinary text: special tokens are put in
 """
 import base64
 import heapq
+import json
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,12 +17,15 @@ from tqdm import tqdm
 
 from common import write_atomically
 from errors import UserError
+from published_tokenizers import Pieces, Renumbered, text_of
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ("<pad>", "<bos>", "<end>",
             "<mask>", "<smask>", "<gmask>", "<sop>", "<eop>",        # BART's and GLM's masks; GLM's blanks
             "<R>", "<S>", "<X>",                                     # UL2's modes
             *(f"<extra_{i}>" for i in range(100)))                   # T5's sentinels
+
+SETTINGS = ".settings.json"       # beside tokenizer.tiktoken, where a published tokenizer was imported
 
 
 def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
@@ -99,20 +103,43 @@ def encode_by_hand(text: str, ranks: dict[bytes, int]) -> list[int]:
     return tokens
 
 
+def own_settings(ranks: dict[bytes, int]) -> dict:
+    """What Tokenizer is told about a vocabulary trained here: special tokens follow the ranks."""
+    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+    return {"pattern": PATTERN, "specials": specials, "pad": specials["<pad>"], "end": specials["<end>"],
+            "begin": [specials["<bos>"]], "source_end": [], "target_begin": [specials["<bos>"]],
+            "sentinels": [specials[f"<extra_{i}>"] for i in range(100)]}
+
+
 class Tokenizer:
-    """A tiktoken.Encoding and the ids of the special tokens. Text that looks like a special token is ordinary
-    text.
+    """An encoding and the ids of the special tokens. Text that looks like a special token is ordinary text.
+
+    A row of a decoder, or of an encoder, opens with `begin`; an encoder's closes with `source_end`; the
+    decoder of an encoder-decoder opens with `target_begin`. Here that is <bos>, nothing, <bos>. Published
+    tokenizers have other settings (published_tokenizers.py).
     """
 
-    def __init__(self, ranks: dict[bytes, int]):
-        self.ranks = ranks
-        specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-        self.encoding = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks,
-                                          special_tokens=specials)
-        self.vocab = len(ranks) + len(SPECIALS)
-        self.specials = specials                                     # name -> id
-        self.pad, self.bos, self.end = (specials[name] for name in ("<pad>", "<bos>", "<end>"))
-        self.sentinels = [specials[f"<extra_{i}>"] for i in range(100)]
+    def __init__(self, ranks: dict[bytes, int], settings: dict | None = None):
+        self.ranks, self.settings = ranks, settings
+        use = settings or own_settings(ranks)
+        self.specials = use["specials"]                              # name -> id
+        self.pad, self.end, self.sentinels = use["pad"], use["end"], use["sentinels"]
+        self.begin, self.source_end, self.target_begin = use["begin"], use["source_end"], use["target_begin"]
+        self.bos = (self.begin or self.target_begin)[0]
+        ids, self.text = use.get("ids"), {rank: token for token, rank in ranks.items()}
+        if "package" in use:
+            self.encoding = Pieces(use["package"], self.specials)
+            self.text = {rank: text_of(piece, use["package"]) for rank, piece in self.text.items()}
+        else:
+            self.encoding = tiktoken.Encoding("ours", pat_str=use["pattern"] or PATTERN,
+                                              mergeable_ranks=ranks,
+                                              special_tokens={} if ids else self.specials)
+        if ids:
+            self.encoding = Renumbered(self.encoding, ids, self.specials)
+            self.text = {ids[rank]: token for rank, token in self.text.items()}
+        for token in self.specials.values():
+            self.text.pop(token, None)
+        self.vocab = 1 + max(*self.text, *self.specials.values())
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
@@ -127,21 +154,29 @@ class Tokenizer:
 
     def sentence_ends(self) -> set[int]:
         """Tokens that end a sentence. <end> is one of them: it stays with the sentence before it."""
-        ends = {rank for token, rank in self.ranks.items() if token.rstrip()[-1:] in (b".", b"!", b"?")}
+        ends = {i for i, text in self.text.items() if text.rstrip()[-1:] in (b".", b"!", b"?")}
         return ends | {self.end}
 
     def bytes_per_token(self) -> Tensor:
         """(V,) how many bytes of text each token stands for; a special token stands for none."""
         sizes = torch.zeros(self.vocab, dtype=torch.long)
-        for token, rank in self.ranks.items():
-            sizes[rank] = len(token)
+        for i, text in self.text.items():
+            sizes[i] = len(text)
         return sizes
 
     def save(self, path: Path) -> None:
+        """tokenizer.tiktoken: a token and its rank a line; beside it the settings, if they are not ours."""
         lines = (base64.b64encode(token) + b" %d" % rank for token, rank in self.ranks.items())
         write_atomically(path, b"\n".join(lines) + b"\n")
+        beside = Path(path).with_suffix(SETTINGS)
+        if self.settings:
+            write_atomically(beside, json.dumps(self.settings).encode())
+        else:
+            beside.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":
         lines = (line.split() for line in Path(path).read_bytes().splitlines())
-        return Tokenizer({base64.b64decode(token): int(rank) for token, rank in lines})
+        beside = Path(path).with_suffix(SETTINGS)
+        settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+        return Tokenizer({base64.b64decode(token): int(rank) for token, rank in lines}, settings)

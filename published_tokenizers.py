@@ -1,0 +1,198 @@
+"""Published tokenizers: byte-level BPE becomes a tiktoken.Encoding, everything else needs a package.
+
+GPT-2's kind (vocab.json and merges.txt, or a tokenizer.json that says the same) is what tokenizer.py runs
+itself. SentencePiece's kind (LLaMA, T5), and byte-level BPE behind other rules for words (Falcon), are run by
+the package `tokenizers`, from tokenizer.json.
+"""
+import json
+from pathlib import Path
+
+from errors import UserError
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+# the characters that stand for the 256 bytes in vocab.json (Radford et al. 2019's encoder.py)
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+
+
+# ---- what stands in for a tiktoken.Encoding ----------------------------------------------------------------
+
+def spelt(tokens: list[int], names: dict[int, str], decode) -> str:
+    """Text of the runs between special tokens, and these by name."""
+    text, run = [], []
+    for token in [*tokens, None]:
+        if token is None or token in names:
+            text.append(decode(run) if run else "")
+            text.append(names.get(token, ""))
+            run = []
+        else:
+            run.append(token)
+    return "".join(text)
+
+
+class Renumbered:
+    """A tiktoken.Encoding whose ids do not follow the order of its merges, as BART's."""
+
+    def __init__(self, encoding, ids: list[int], specials: dict[str, int]):
+        self.encoding, self.ids = encoding, ids
+        self.ranks = {i: rank for rank, i in enumerate(ids)}
+        self.names = {i: name for name, i in specials.items()}
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
+
+    def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        return [[self.ids[rank] for rank in row] for row in rows]
+
+    def decode(self, tokens: list[int]) -> str:
+        return spelt(tokens, self.names, lambda run: self.encoding.decode([self.ranks[i] for i in run]))
+
+
+class Pieces:
+    """A tokenizer.json run by the package `tokenizers`."""
+
+    def __init__(self, content: dict, specials: dict[str, int]):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"this tokenizer ({content['model']['type']}, with rules of its own) is run by a "
+                            "package that is not installed: pip install tokenizers") from None
+        self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(without_specials(content, specials)))
+        self.names = {i: name for name, i in specials.items()}
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return [row.ids for row in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return spelt(tokens, self.names, lambda run: self.tokenizer.decode(run, skip_special_tokens=False))
+
+
+def without_specials(content: dict, specials: dict[str, int]) -> dict:
+    """The same rules, for which text that looks like a special token is ordinary text."""
+    model = dict(content["model"])
+    if model["type"] == "Unigram":             # it would find them in its vocabulary: there no text matches
+        ids = set(specials.values()) - {model.get("unk_id")}
+        model["vocab"] = [[f"\0{i}\0" if i in ids else piece, score]
+                          for i, (piece, score) in enumerate(model["vocab"])]
+    return {**content, "model": model, "added_tokens": [], "post_processor": None}
+
+
+def text_of(piece: bytes, content: dict) -> bytes:
+    """The bytes that a piece stands for: <0x0A> one, characters of BYTES one each, and ▁ is a space."""
+    name = piece.decode()
+    if name.startswith("<0x") and len(name) == 6:
+        return bytes([int(name[3:5], 16)])
+    if byte_level(content) and set(name) <= set(BYTES):
+        return bytes(BYTES[character] for character in name)
+    return name.replace("▁", " ").encode()
+
+
+# ---- reading a published folder ----------------------------------------------------------------------------
+
+def published(folder: Path, c: dict, structure: str) -> tuple[dict[bytes, int], dict, str]:
+    """The tokenizer beside a config.json `c`: ranks and settings, as Tokenizer takes them, and what was
+    chosen where the two files say nothing.
+    """
+    content = read_content(folder)
+    vocab = content["model"]["vocab"]
+    vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    specials = {added["content"]: added["id"] for added in content.get("added_tokens") or []}
+    pattern = pattern_of(content)
+    if pattern is not None:
+        ranks, ids = ranks_of(folder, content)
+        specials |= {token: i for token, i in vocab.items() if i not in set(ids)}
+        in_order = all(a < b for a, b in zip(ids, ids[1:]))
+        ranks = dict(zip(ranks, ids)) if in_order else ranks
+        how = {"pattern": pattern} if in_order else {"pattern": pattern, "ids": ids}
+    else:
+        ranks, how = {piece.encode(): i for piece, i in vocab.items()}, {"package": content}
+    settings, chosen = roles(c, structure, specials)
+    sentinels = [specials[f"<extra_id_{i}>"] for i in range(100) if f"<extra_id_{i}>" in specials]
+    settings |= {**how, "specials": specials, "sentinels": sentinels}
+    return ranks, settings, f"{len(vocab.keys() | specials):,} tokens" + chosen
+
+
+def read_content(folder: Path) -> dict:
+    """tokenizer.json, or vocab.json and merges.txt in its form."""
+    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return json.loads(whole.read_text(encoding="utf-8"))
+        if vocab.is_file() and merges.is_file():
+            lines = merges.read_text(encoding="utf-8").split("\n")
+            lines = [line for line in lines if line and not line.startswith("#version")]
+            return {"model": {"type": "BPE", "vocab": json.loads(vocab.read_text(encoding="utf-8")),
+                              "merges": lines}, "pre_tokenizer": {"type": "ByteLevel"}}
+    except ValueError as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
+    raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt. The transformers "
+                    "package makes the first of a tokenizer.model: AutoTokenizer.from_pretrained(...)"
+                    ".save_pretrained(...)")
+
+
+def byte_level(content: dict) -> bool:
+    """Whether pieces are spelt in BYTES."""
+    before = content.get("pre_tokenizer") or {}
+    return "ByteLevel" in [step.get("type") for step in [before, *before.get("pretokenizers", [])]]
+
+
+def pattern_of(content: dict) -> str | None:
+    """The words of a byte-level BPE: a pattern, or "" for GPT-2's own. None: tiktoken cannot express it."""
+    before, model = content.get("pre_tokenizer") or {}, content["model"]
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or content.get("normalizer"):
+        return None
+    steps = before.get("pretokenizers", [before])
+    if any(step.get("add_prefix_space") for step in steps):
+        return None
+    match [step.get("type") for step in steps]:
+        case ["ByteLevel"] if steps[0].get("use_regex", True):
+            return ""
+        case ["Split", "ByteLevel"] if not steps[1].get("use_regex", True):
+            split = steps[0]
+            isolated = split["behavior"] == "Isolated" and not split.get("invert")
+            return split["pattern"].get("Regex") if isolated else None
+    return None
+
+
+def ranks_of(folder: Path, content: dict) -> tuple[dict[bytes, int], list[int]]:
+    """Bytes first, then merges in their order -> rank; and the published id of each rank."""
+    vocab = content["model"]["vocab"]
+    missing = [byte for character, byte in BYTES.items() if character not in vocab]
+    if missing:
+        raise UserError(f"{folder}: the tokenizer has no token for {len(missing)} of the 256 bytes")
+    tokens = dict.fromkeys(sorted(BYTES, key=vocab.get))
+    for merge in content["model"]["merges"]:
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        tokens[first + second] = None
+    lost = [token for token in tokens if token not in vocab]
+    if lost:
+        raise UserError(f"{folder}: the tokenizer merges to {lost[0]!r}, which is not in its vocabulary")
+    ranks = {bytes(BYTES[character] for character in token): rank for rank, token in enumerate(tokens)}
+    return ranks, [vocab[token] for token in tokens]
+
+
+def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]:
+    """Which special tokens pad, begin and end; and what had to be chosen."""
+    names, chosen = {i: name for name, i in specials.items()}, ""
+    end = c.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    if end not in names:
+        raise UserError(f"config.json's eos_token_id is {end}, which is no special token of the tokenizer")
+    bos, pad = c.get("bos_token_id"), c.get("pad_token_id")
+    if pad not in names:
+        pad, chosen = end, f"; no padding token, {names[end]} fills rows (masked by place, not by id)"
+    if structure == "encdec":                  # T5 reads source </s>, BART <s> source </s>
+        start = c.get("decoder_start_token_id", pad)
+        begin = [bos] if bos in names else []
+        target = [start] + [token for token in begin if token != start]
+        return {"pad": pad, "end": end, "begin": begin, "source_end": [end], "target_begin": target}, chosen
+    begin = [bos]
+    if "[gMASK]" in specials:                  # ChatGLM2 begins with two tokens
+        begin = [specials["[gMASK]"], specials["sop"]]
+    elif bos not in names:
+        begin, chosen = [end], chosen + f"; no beginning token, texts begin with {names[end]}"
+    return {"pad": pad, "end": end, "begin": begin, "source_end": [], "target_begin": begin}, chosen

@@ -1,0 +1,347 @@
+"""Published checkpoints: their files, their names for what model.py calls otherwise, and the way back.
+
+    python weights.py import FOLDER runs/llama2              a run folder, for generate.py and later stages,
+                                                             of config.json, *.safetensors and a tokenizer
+    python weights.py export runs/x FOLDER --layout llama    (or gpt2, t5) config.json and model.safetensors
+
+The names are in layouts.py. Reading is strict: every published tensor is used once, or is named among those
+that may be left out. Weights keep their number format; loaded from the run folder, a model computes in fp32.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Mapping, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import command_line
+import common
+import published_tokenizers
+from errors import UserError
+from layouts import LAYOUTS, Layout, read_config
+from model import LanguageModel, ModelConfig, build
+from tokenizer import Tokenizer
+
+# ---- safetensors: 8 bytes of length, that much JSON, and the tensors' bytes --------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+LONGEST_HEADER = 100_000_000
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in its file."""
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Tensors(Mapping):
+    """name -> tensor, mapped from its file anew at every access: only what is held takes memory."""
+
+    def __init__(self, entries: dict[str, Entry]):
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, dtype, shape, start, end = self.entries[name]
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        # subtle: copy-on-write, so that the file stays as it is, and a storage of its own, since torch.save
+        # writes whole storages
+        raw = torch.from_numpy(np.memmap(path, np.uint8, "c", start, (end - start,)))
+        aligned = raw if start % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of one file, and its metadata. Nothing but the header is read, and all of it is checked."""
+    path, header = Path(path), {}
+
+    def once(pairs: list) -> dict:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        return dict(pairs)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise UserError(f"{path} is no safetensors file, or cut short: it has {size:,} bytes, its header "
+                            f"alone should have {length:,}")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=once)
+            metadata = header.pop("__metadata__", {})
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: the header is no JSON object of tensors ({error})") from None
+    entries = {name: entry(path, name, what, 8 + length) for name, what in header.items()}
+    end = 8 + length
+    for name, one in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if one.start != end:
+            kind = "overlaps the tensor before it" if one.start < end else "leaves a hole before it"
+            raise UserError(f"{path}: tensor {name} {kind}: it begins at byte {one.start:,}, not {end:,}")
+        end = one.end
+    if end != size:
+        raise UserError(f"{path} has {size:,} bytes, and its tensors end at {end:,}: it is cut short or has "
+                        "something added; fetch it again")
+    return Tensors(entries), metadata
+
+
+def entry(path: Path, name: str, what: dict, data: int) -> Entry:
+    """One tensor's line of the header, checked on its own. data: where the tensors' bytes begin."""
+    try:
+        dtype, shape, (start, end) = what["dtype"], tuple(what["shape"]), what["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: tensor {name} is described by {what}; wanted are dtype, shape and "
+                        "data_offsets, in whole numbers")
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: tensor {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - start != wanted:
+        raise UserError(f"{path}: tensor {name}, {dtype} {shape}, takes {wanted:,} bytes; its data_offsets "
+                        f"{start:,} to {end:,} hold {end - start:,}")
+    return Entry(path, DTYPES[dtype], shape, data + start, data + end)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """The same way back. The file appears under its name only when it is complete and on the disk."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # widest numbers first: then every tensor lies at a multiple of its numbers' width
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, end = {"__metadata__": metadata}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_folder(folder: Path) -> Tensors:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_safetensors(single)[0]
+    if not index.is_file():
+        raise UserError(f"{folder} holds neither {single.name} nor {index.name}; other formats are not read")
+    where = read_json(index).get("weight_map")
+    files = where.values() if isinstance(where, dict) else [None]
+    if not all(isinstance(file, str) and file == Path(file).name for file in files):
+        raise UserError(f"{index} has no weight_map from tensors to files of this folder")
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(where.values())):
+        if not (folder / file).is_file():
+            raise UserError(f"{index} names {file}, which is not there: fetch it")
+        here, listed = read_safetensors(folder / file)[0].entries, {n for n in where if where[n] == file}
+        if set(here) != listed:
+            odd = sorted(set(here) ^ listed)
+            raise UserError(f"{index} and {file} disagree about {len(odd)} tensors: {', '.join(odd[:3])}")
+        entries |= here
+    return Tensors(entries)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
+
+
+# ---- published tensors -> ours, and back ------------------------------------------------------------------
+
+class Part(NamedTuple):
+    """A published tensor that is all of one of ours, or some of its rows."""
+    name: str
+    rows: slice
+    shape: torch.Size
+
+
+def plan(layout: Layout, config: ModelConfig) -> dict[str, list[Part]]:
+    """{our tensor: the published ones that are its rows, from top to bottom}"""
+    with torch.device("meta"):
+        ours = build(config).state_dict()
+    names, parts = layout.names(config), {}
+    H, G, K = config.heads, config.kv_heads, config.head_width
+    for key, x in ours.items():
+        module, _, kind = key.rpartition(".")
+        layer = re.search(r"\d+", module)
+        theirs = names[re.sub(r"\d+", "*", module)].replace("*", layer[0] if layer else "") + "." + kind
+        head, _, choices, tail = re.fullmatch(r"([^{]*)({([^}]*)})?(.*)", theirs).groups()
+        theirs = [head + choice + tail for choice in (choices or "").split(",")]
+        heights = {1: [len(x)], 2: [len(x) // 2] * 2, 3: [H * K, G * K, G * K]}[len(theirs)]
+        ends = np.cumsum(heights).tolist()
+        parts[key] = [Part(name, slice(end - n, end), layout.turn(name, x[end - n:end], config).shape)
+                      for name, n, end in zip(theirs, heights, ends)]
+    return parts
+
+
+def to_ours(published: Mapping[str, Tensor], layout: Layout, config: ModelConfig,
+            folder="") -> dict[str, Tensor]:
+    """Our state dict. What is one tensor here and there stays mapped from its file; the rest is joined."""
+    begins = any(name.startswith(layout.prefix) for name in published)
+    found = {name.removeprefix(layout.prefix): name for name in published} if layout.prefix and begins else {
+        name: name for name in published}
+    parts = plan(layout, config)
+    left_out = {name: same for name in found for pattern, same in layout.left_out.items()
+                if re.fullmatch(pattern, name) and name not in {p.name for of in parts.values() for p in of}}
+    for key, (first, *_) in parts.items():               # of several copies a file may hold any
+        copies = [name for name, same in left_out.items() if same == key]
+        if first.name not in found and copies:
+            found[first.name] = found[copies[0]]
+    check(published, found, parts, left_out, folder)
+    state = {}
+    for key, of in parts.items():
+        pieces = [layout.turn(part.name, published[found[part.name]], config) for part in of]
+        state[key] = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+    for name, same in left_out.items():
+        expected = torch.zeros_like(published[found[name]]) if same == "zeros" else state.get(same)
+        if expected is not None and not torch.equal(published[found[name]], expected):
+            raise UserError(f"{folder}: {found[name]} is not {same}, which is all that is built here")
+    return state
+
+
+def check(published, found: dict[str, str], parts: dict[str, list[Part]], left_out: dict, folder) -> None:
+    """Every tensor that is wanted is there, in its shape and in floating point, and no other."""
+    wanted = {part.name: tuple(part.shape) for of in parts.values() for part in of}
+    wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
+    for name, original in found.items():
+        if name in wanted:
+            x = published[original]
+            if tuple(x.shape) != wanted[name]:
+                wrong.append(f"{original} is {tuple(x.shape)}, not {wanted[name]}")
+            elif not x.is_floating_point() or x.element_size() < 2:
+                wrong.append(f"{original} has dtype {str(x.dtype)[6:]}, not one of weights")
+        elif name not in left_out:
+            wrong.append(f"unexpected {original} {tuple(published[original].shape)}")
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} tensors are not what config.json says: "
+                        + "; ".join(wrong[:5]) + "; ..." * (len(wrong) > 5))
+
+
+def to_published(state: Mapping[str, Tensor], layout: Layout, config: ModelConfig) -> dict[str, Tensor]:
+    """The published tensors. Layouts that are written turn nothing, or transpose, which undoes itself."""
+    return {part.name: layout.turn(part.name, state[key][part.rows], config).contiguous()
+            for key, of in plan(layout, config).items() for part in of}
+
+
+# ---- import and export -------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    command: str                        # import, export
+    source: str                         # import: a published checkpoint's folder; export: a run folder
+    out: str                            # import: the run folder to make; export: the folder to write
+    layout: str = "llama"               # export as llama, gpt2, t5
+    overwrite: bool = False             # replace what `out` holds
+    keep: int = 1                       # checkpoints kept
+
+
+def import_folder(config: Config) -> LanguageModel:
+    """A run folder from a published checkpoint. Everything is checked before anything is written."""
+    folder, run = Path(config.source), common.Run(Path(config.out), torch.device("cpu"), torch.float32)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; wanted is one with config.json and *.safetensors")
+    if checkpoint.steps_of(run.folder) and not config.overwrite:
+        raise UserError(f"{run.folder} holds a run already; choose another folder, or --overwrite it")
+    c = read_json(folder / "config.json")
+    layout, model_config = read_config(c)
+    ranks, settings, told = published_tokenizers.published(folder, c, model_config.structure)
+    tokenizer = Tokenizer(ranks, settings)
+    if tokenizer.vocab > model_config.vocab:
+        raise UserError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab - 1}, the network has "
+                        f"{model_config.vocab} tokens")
+    with torch.device("meta"):
+        model = build(model_config)
+    model.load_state_dict(to_ours(read_folder(folder), layout, model_config, folder), assign=True)
+    common.open_run(run, config, tokenizer, set())
+    checkpoint.save(run, 0, config, model_config, model=model)
+    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {told}\n"
+          f'next: python generate.py --run {run.folder} --prompt "..."')
+    return model
+
+
+def export_folder(config: Config) -> None:
+    """A run's newest model in a published layout. What the layout cannot say is refused."""
+    run, out = Path(config.source), Path(config.out)
+    known = [name for name, layout in LAYOUTS.items() if layout.write_config]
+    if config.layout not in known:
+        raise UserError(f"layout is {config.layout!r}; it must be one of {', '.join(known)}")
+    if (out / "model.safetensors").exists() and not config.overwrite:
+        raise UserError(f"{out} holds a model already; choose another folder, or --overwrite it")
+    tokenizer = checkpoint.load_tokenizer(run, first="python train_pretrain.py")
+    state, layout = checkpoint.latest(run), LAYOUTS[config.layout]
+    if state is None or "head.weight" in state["model"]:
+        raise UserError(f"{run} holds no language model; a reward model has no published layout")
+    model_config = ModelConfig(**state["model_config"])
+    c = layout.write_config(model_config)
+    back = dataclasses.replace(layout.read_config(c), init=model_config.init,
+                               embedding_gradient=model_config.embedding_gradient)
+    lost = [f"{name} {value!r}" for name, value in vars(model_config).items() if getattr(back, name) != value]
+    if lost:
+        raise UserError(f"{run} is no {config.layout}: that layout has no place for {', '.join(lost)}")
+    c |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+    c |= {"decoder_start_token_id": tokenizer.bos} if model_config.structure == "encdec" else {}
+    out.mkdir(parents=True, exist_ok=True)
+    write_safetensors(out / "model.safetensors", to_published(state["model"], layout, model_config),
+                      {"format": "pt"})
+    common.write_atomically(out / "config.json", (json.dumps(c, indent=1) + "\n").encode())
+    print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}")
+
+
+def parse(argv: list[str]) -> Config:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = command_line._Parser(description=__doc__, formatter_class=plain)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, source, out in (("import", "a published checkpoint's folder", "the run folder to make"),
+                                 ("export", "a run folder", "the folder to write")):
+        flags = commands.add_parser(command)
+        flags.add_argument("source", help=source)
+        flags.add_argument("out", help=out)
+        flags.add_argument("--overwrite", action="store_true", help="replace what the second folder holds")
+    flags.add_argument("--layout", required=True, help="llama, gpt2, t5")
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def main(config: Config) -> None:
+    import_folder(config) if config.command == "import" else export_folder(config)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
