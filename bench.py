@@ -4,8 +4,8 @@
     python bench.py --what generate --batch_size 16 --prompt 64 --new 128
     python bench.py --what train --preset gpt2 --device cuda --compile
 
-A step is forward, loss, backward, clipping, AdamW. Medians and deciles are over the repetitions; `foreign_cpu`
-is the share of the cores that other processes held meanwhile: above 0.1, measure again.
+A step is forward, loss, backward, clipping, AdamW. Medians and deciles are over the repetitions;
+`foreign_cpu` is the share of the cores that other processes held meanwhile: above 0.1, measure again.
 """
 import json
 import os

@@ -3,6 +3,7 @@
 The Config dataclass of a script is its command line: a field is a flag, the comment behind it its help.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -78,7 +79,9 @@ def run(main, config_class, description: str) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         for other in others:
-            other.terminate() if sys.exc_info()[0] else other.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):       # they end as this rank has ended,
+                other.wait(timeout=10)
+            other.kill()                                               # or wait for it in vain
 
 
 def start_ranks(n: int) -> list[subprocess.Popen]:

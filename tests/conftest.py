@@ -1,10 +1,12 @@
 """What the test files share: a tiny tokenizer, small models with random weights, batches of every layout."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"             # said, not measured anew by every run of a stage
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common                                   # noqa: E402  (the line above makes these importable)

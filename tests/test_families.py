@@ -592,18 +592,17 @@ def test_the_embeddings_gradient_shrinks_and_nothing_else(batch_of):
 
 @families
 def test_the_first_loss_is_about_ln_v(name, batch_of, tokenizer):
-    """And every weight of the network is in its sight. Not so PaLM's loss: its tied embedding of unit variance
-    makes a network of few layers predict the token that it has just read, and the loss is above ln V.
+    """Its mean over all possible targets is, and every weight of the network is in its sight. Not so PaLM's loss:
+    its tied embedding of unit variance makes a network of few layers predict the token that it has just read.
     """
     model = networks.build(small(name, vocab=tokenizer.vocab, width=96, head_width=16))
     structure = model.config.structure
     batch = batch_of(structure, "packed")
     logits = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
     loss = objectives.language_model_loss(logits, batch.targets[batch.loss_mask]) / batch.loss_mask.sum()
-    if "palm" in name:
-        assert loss.item() > math.log(tokenizer.vocab)
-    else:
-        assert loss.item() == pytest.approx(math.log(tokenizer.vocab), rel=0.1)
+    over_all_targets = (logits.logsumexp(-1) - logits.mean(-1)).mean().item()       # never below ln V
+    above = over_all_targets - math.log(tokenizer.vocab)
+    assert above > 1 if "palm" in name else -1e-5 < above < 1                       # logits of variance 1: 1/2
     loss.backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 

@@ -110,4 +110,5 @@ def test_lines_and_functions_stay_short():
             assert len(line) <= 110, f"{path.name}:{number}"
     for module in (*STAGES, bench, compare, evaluate, generate):
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            assert len(inspect.getsource(function).splitlines()) <= 60, name
+            ours = function.__module__ == module.__name__
+            assert not ours or len(inspect.getsource(function).splitlines()) <= 60, name

@@ -63,6 +63,9 @@ def stage_configs(structure: str, package: Path, runs: Path) -> list:
     ]
 
 
+one_structure = pytest.mark.parametrize("flow", ["causal"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=STRUCTURES)
 def flow(request, package, tmp_path_factory):
     """All four stages of one structure: (run folders, configs, last log lines)."""
@@ -145,7 +148,7 @@ OWN_OBJECTIVE = {"gpt2": "next_token", "llama2-70b": "next_token", "baichuan-13b
 def test_every_family_learns_by_its_own_objective(preset, objective, package, tmp_path):
     """Scaled down, each family goes through all four stages, and learns more than how often tokens occur."""
     stages = stage_configs("causal", package, tmp_path)
-    sizes = dict(preset=preset, structure="", objective=objective, layers=2, heads=4, width=32, steps=120, lr=1e-2,
+    sizes = dict(preset=preset, structure="", objective=objective, layers=2, heads=4, width=32, steps=80, lr=1e-2,
                  eval_every=0, save_every=0)
     pretrain, config = stages[0]
     loss = pretrain(type(config)(**{**vars(config), **sizes}))["loss"]
@@ -262,6 +265,7 @@ def test_unknown_flag_names_the_nearest(monkeypatch, capsys):
     assert "--batch_size" in fails(monkeypatch, capsys, train_sft, "--batchsize", "3")
 
 
+@one_structure
 @pytest.mark.parametrize("content, fragment", [
     (b"", "empty"),
     (b"\n\n", "empty"),
@@ -318,6 +322,7 @@ def test_a_stage_names_the_one_it_needs(monkeypatch, capsys, tmp_path, module, n
     assert needed in fails(monkeypatch, capsys, module, flag, str(tmp_path / "nowhere"), *out)
 
 
+@one_structure
 def test_prompts_without_room_are_dropped_or_refused(monkeypatch, capsys, tmp_path, flow):
     """Prompts that leave no room for an answer are dropped and counted; if that is all of them, the run is
     refused.
@@ -330,6 +335,7 @@ def test_prompts_without_room_are_dropped_or_refused(monkeypatch, capsys, tmp_pa
     assert "prompts" in error and not (tmp_path / "out").exists()
 
 
+@one_structure
 def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
     """A folder that holds a run with other settings is refused, and what differs is named."""
     _, stages, _ = flow
@@ -340,6 +346,7 @@ def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
     assert "lr" in error and sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
+@one_structure
 def test_a_finished_run_is_left_as_it_is(flow, capsys):
     """The same command again says that nothing is left to do, and returns the last line of the log."""
     _, stages, last = flow
@@ -349,6 +356,7 @@ def test_a_finished_run_is_left_as_it_is(flow, capsys):
         assert before == {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
 
 
+@one_structure
 def test_bad_input_with_overwrite_loses_nothing(monkeypatch, capsys, flow):
     """--overwrite removes the old run only when the new one can begin."""
     _, stages, _ = flow
@@ -359,6 +367,7 @@ def test_bad_input_with_overwrite_loses_nothing(monkeypatch, capsys, flow):
     assert sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
+@one_structure
 def test_overwrite_begins_anew(flow, tmp_path):
     """--overwrite replaces a run made with other settings; no old checkpoint survives."""
     _, stages, _ = flow
@@ -387,6 +396,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch, package, t
     assert state["step"] == 2 and all(torch.isfinite(t).all() for t in state["model"].values())
 
 
+@one_structure
 def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys):
     """A truncated file is said, and the checkpoint before it is used."""
     _, stages, _ = flow
