@@ -364,6 +364,31 @@ def kl_penalised_rewards(scores_BT: Tensor, logprobs_BT: Tensor, ref_logprobs_BT
     return torch.where(mask_BT, -beta * kl_BT, 0.0) + torch.where(last_BT, scores_BT, 0.0)
 
 
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(k1, k2, k3): KL(pi || ref) from the log-probabilities of tokens drawn from pi (Schulman 2020,
+    "Approximating KL divergence"). With d = log pi - log ref:
+
+        k1 = d                 unbiased; negative for some tokens, so its mean is noisy
+        k2 = d^2 / 2           never negative, little variance; biased, by terms of third order in d
+        k3 = exp(-d) - 1 + d   unbiased and never negative; little variance where pi and ref are close
+
+    As a penalty inside the reward, k1 gives the gradient of the KL. As a loss of its own it gives none on
+    average; k2 then gives the KL's, and k3 that of the reverse, KL(ref || pi).
+    """
+    k1 = logprobs - ref_logprobs
+    return k1, 0.5 * k1 ** 2, torch.expm1(-k1) + k1
+
+
+def adapted_beta(beta: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """The next iteration's beta (Ziegler et al. 2019, section 2.2), so that the KL of an answer stays at
+    target:
+
+        e = clip((KL - target) / target, -0.2, 0.2)          beta <- beta (1 + gain e)
+    """
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return beta * (1 + gain * error)
+
+
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, last_BT: Tensor, gamma: float,
         lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), computed from the last action to the
@@ -395,6 +420,28 @@ def whiten(x: Tensor, mean_and_var: tuple[Tensor, Tensor] | None = None, shift_m
     return whitened if shift_mean else whitened + mean
 
 
+def leave_one_out(rewards_PK: Tensor) -> Tensor:
+    """RLOO: A_k = R_k - 1/(K - 1) sum_{j != k} R_j, no critic (Kool et al. 2019; Ahmadian et al. 2024).
+
+    rewards (P, K): those of K answers to each of P prompts, each the sum over its answer, KL penalty
+    included. The baseline does not depend on answer k, so the gradient stays unbiased. All tokens of an
+    answer share its A.
+    """
+    K = rewards_PK.shape[1]
+    return rewards_PK - (rewards_PK.sum(1, keepdim=True) - rewards_PK) / (K - 1)
+
+
+def group_relative(rewards_PK: Tensor) -> Tensor:
+    """GRPO: A_k = (R_k - mean R) / std R over the K answers to a prompt (Shao et al. 2024, section 4.1.2).
+
+    The paper does not say which std, nor what happens to K equal rewards: here it is that of a sample
+    (K - 1), and 1e-4 is added as in TRL. The mean holds R_k itself, so without the std this is RLOO's A times
+    (K - 1) / K; the std weighs prompts whose answers differ little as much as all others.
+    """
+    centred_PK = rewards_PK - rewards_PK.mean(1, keepdim=True)
+    return centred_PK / (rewards_PK.std(1, keepdim=True) + 1e-4)
+
+
 def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """- min(rho A, clip(rho, 1 - eps, 1 + eps) A) with rho = pi / pi_old (Schulman et al. 2017, eq. 7), per
     token.
@@ -420,3 +467,17 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     variance = returns.var(unbiased=False)
     unexplained = (returns - values).var(unbiased=False) / variance.clamp(min=1e-12)
     return torch.where(variance > 0, 1 - unexplained, 0.0)
+
+
+# ---- DPO: PPO's optimum from the comparisons themselves ----------------------------------------------------
+
+def dpo_loss(chosen_P: Tensor, rejected_P: Tensor, ref_chosen_P: Tensor, ref_rejected_P: Tensor,
+             beta: float) -> Tensor:
+    """- log sigmoid(beta (log pi(w)/ref(w) - log pi(l)/ref(l))) per pair (Rafailov et al. 2023, eq. 7). (P,)
+
+    chosen and rejected: log-probabilities of whole answers w and l to a prompt, sums over their tokens, under
+    pi and under ref. The optimum of PPO's objective is pi* = ref exp(r / beta) / Z, so that beta log pi*/ref
+    is r up to a constant of the prompt: the reward loss of the pair (pairwise_reward_loss), with that put in
+    for r, needs no reward model and no samples.
+    """
+    return -F.logsigmoid(beta * ((chosen_P - ref_chosen_P) - (rejected_P - ref_rejected_P)))
