@@ -81,7 +81,9 @@ def choose_ranks(config) -> int:
         return 1
     if config.ranks or "ranks" in recorded(config):
         return config.ranks or recorded(config)["ranks"]
-    n = max(n for n in range(1, cores() + 1) if math.gcd(config.batch_size, n) == n)
+    sizes = (getattr(config, name, 0) for name in ("batch_size", "minibatch_size", "ptx_size"))
+    shared = math.gcd(*sizes)                               # what every rank must get an equal part of
+    n = max(n for n in range(1, cores() + 1) if shared % n == 0)
     if n == 1 or config.tiny or "OMP_NUM_THREADS" in os.environ:
         return 1
     one, many = (seconds_of_a_layer(torch.float32, "cpu", threads) for threads in (1, n))

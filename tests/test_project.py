@@ -78,6 +78,12 @@ def test_the_readmes_results_are_the_records():
     assert report["processor"] in text and report["versions"]["torch"] in text
 
 
+def test_the_readmes_comparison_is_its_record():
+    """The table of structures and objectives is made from the recorded runs."""
+    lines = (ROOT / "records" / "compare.jsonl").read_text().splitlines()
+    assert compare.table_of([json.loads(line) for line in lines]) in (ROOT / "README.md").read_text()
+
+
 def test_the_readmes_families_are_the_presets():
     """The table of what differs between the families is the one that presets.py makes."""
     assert presets.table() in (ROOT / "README.md").read_text()

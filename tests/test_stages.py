@@ -16,6 +16,7 @@ import common
 import compare
 import evaluate
 import generate
+import hardware
 import train_ppo
 import train_pretrain
 import train_rm
@@ -226,6 +227,22 @@ def test_two_ranks_equal_one(package, tmp_path):
         for one, two in zip(rows, logs[2][stage], strict=True):
             for name in set(one) - {"seconds", "padding", "explained_variance"}:
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
+
+
+@pytest.mark.parametrize("module, cores, expected", [(train_pretrain, 2, 2), (train_pretrain, 64, 4),
+                                                     (train_ppo, 64, 16), (train_sft, 3, 2), (train_rm, 1, 1)])
+def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expected, monkeypatch, tmp_path):
+    """As many as have an equal share of every batch; one where threads are nearly as good, and as before."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(hardware, "cores", lambda: cores)
+    config = module.Config(device="cpu", out=str(tmp_path))
+    for seconds_of_many, ranks in ((1.0, expected), (0.9 / expected, 1 if expected > 1 else expected)):
+        monkeypatch.setattr(hardware, "seconds_of_a_layer",
+                            lambda dtype, device, threads: 1.0 if threads == 1 else seconds_of_many)
+        assert hardware.choose_ranks(config) == ranks
+    (tmp_path / "config.json").write_text('{"ranks": 7}')
+    assert hardware.choose_ranks(config) == 7
+    assert hardware.choose_ranks(module.Config(device="cpu", ranks=3)) == 3
 
 
 def script(*flags: str) -> subprocess.CompletedProcess:
