@@ -36,7 +36,12 @@ from conftest import STRUCTURES, random_tokens
 PROMPTS, LETTERS, END, LONGEST = [(0,), (1,)], (0, 1, 2), 3, 3
 NO_END = 0.2                              # taken off where an answer does not end: a part of the reward
 # all four tokens may be drawn: <end> also stands for <bos> and <pad>, as in GPT-2
-TOKENIZER = SimpleNamespace(end=END, bos=END, pad=END, specials={"<end>": END}, decode=str)
+def tokens_of(bos: int, end: int, pad: int, **more) -> SimpleNamespace:
+    """What layout and sampling ask of a tokenizer."""
+    return SimpleNamespace(bos=bos, end=end, pad=pad, begin=[bos], source_end=[], target_begin=[bos], **more)
+
+
+TOKENIZER = tokens_of(END, END, END, specials={"<end>": END}, text=dict.fromkeys(range(4), b"."), decode=str)
 RUN = common.Run(None, torch.device("cpu"), torch.float32)
 LOADED = train_ppo.Data(TOKENIZER, [data.Example(list(prompt), []) for prompt in 64 * PROMPTS], [], set(), [],
                         SimpleNamespace(gold=lambda prompt, answer: 0.0))
@@ -378,7 +383,7 @@ def test_train_ppo_equals_trl(update):
     config = train_ppo.Config(beta=float(g.kl_coef), lam=1.0, no_end=float(g.missing_eos_penalty), row=20,
                               ratio_clip=float(g.cliprange), value_clip=float(g.cliprange_value), ptx=0.0,
                               clip=0.0)
-    tokenizer = SimpleNamespace(end=7, pad=6, bos=6)
+    tokenizer = tokens_of(bos=6, end=7, pad=6)
     before_penalty = g.scores + g.missing_eos_penalty * ~g.contain_eos_token
     rollouts = []
     for at in minibatches:
@@ -436,7 +441,7 @@ def test_what_padding_holds_changes_nothing(structure, random_model, tokenizer):
     results = []
     for pad in (tokenizer.pad, 65):
         torch.manual_seed(0)
-        other = SimpleNamespace(bos=tokenizer.bos, end=tokenizer.end, pad=pad)
+        other = tokens_of(tokenizer.bos, tokenizer.end, pad)
         model, r, done = rollout_of(random_model, other, structure)
         assert (r.batch.tokens[r.batch.document < 0] == pad).any()
         gradients = [p.grad for network in (model.policy, model.value) for p in network.parameters()]
