@@ -217,6 +217,7 @@ def indices_of_step(sizes: np.ndarray, budget: int, seed: int,
 
 # ---- tokens of a corpus ------------------------------------------------------------------------------------
 
+@lru_cache(maxsize=4)                    # asked for at every step
 def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
     """The function (tokens of a text, generator) -> Example of that name in objectives.py, given this
     tokenizer's special tokens. Texts have fewer than `context` tokens.
