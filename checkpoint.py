@@ -71,14 +71,15 @@ def load_model(folder: str, context: int = 0) -> LanguageModel | ScalarModel:
     state = latest(Path(folder))
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
-    model = build(ModelConfig(**state["model_config"]))
+    with torch.device("meta"):                 # no memory, no random draws: every tensor comes from the file
+        model = build(ModelConfig(**state["model_config"]))
+        if "head.weight" in state["model"]:
+            model = ScalarModel(model)
     if model.config.positions == "learned" and context > model.config.max_positions:
         raise UserError(f"{folder} has learned {model.config.max_positions} positions; context {context} is "
                         "longer")
-    if "head.weight" in state["model"]:
-        model = ScalarModel(model)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], assign=True)
     except RuntimeError:
         raise UserError(f"{folder} was written by another version of this program; train it anew") from None
     return model

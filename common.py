@@ -259,7 +259,8 @@ class Log:
             kept = [line for line in self._lines() if json.loads(line)["step"] <= start] if start else []
             self.path.write_text("".join(f"{line}\n" for line in kept))
             run.seconds_before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.last = json.loads(self._lines()[-1]) if start and self._lines() else {}
+        lines = self._lines() if start else []
+        self.first, self.last = (json.loads(lines[i]) if lines else {} for i in (0, -1))
 
     def add(self, metrics: dict[str, float]) -> None:
         """Remember one step's figures: a line shows their mean over its interval."""

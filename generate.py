@@ -126,6 +126,13 @@ class Decoding:
         return self.model.logits(hidden_BTD[:, -1])
 
 
+def never_drawn(model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that no answer holds: the special ones but the end, and those by which a published vocabulary
+    was padded. To sample without them is to sample from the distribution over all others.
+    """
+    return sorted(set(range(model.config.vocab)) - set(tokenizer.text) - {tokenizer.end})
+
+
 @torch.no_grad()
 def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -133,12 +140,11 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     """Continue every prompt until its end token, at most max_new tokens. Responses hold their end token, if
     they end.
 
-    Prompts of similar length share a batch, so that little is padded. No special token but the end is ever
-    drawn, and none of the tokens by which a published vocabulary was padded.
+    Prompts of similar length share a batch, so that little is padded.
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    never = sorted(set(range(model.config.vocab)) - set(tokenizer.text) - {tokenizer.end})
+    never = never_drawn(model, tokenizer)
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         decoding = Decoding(model, [prompts[i] for i in chosen], max_new, tokenizer)

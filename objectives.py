@@ -351,16 +351,14 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return torch.special.entr(logprobs_NV.exp()).sum(-1)          # entr(p) = - p log p, and 0 where p is 0
 
 
-def kl_penalised_rewards(scores_BT: Tensor, logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor,
-                         last_BT: Tensor, beta: float) -> Tensor:
-    """r_t = - beta (log pi(a_t) - log pi_ref(a_t)) + [t is the last action] score (Ouyang et al. 2022, eq.
-    2).
+def kl_penalised_rewards(scores_BT: Tensor, kl_BT: Tensor, mask_BT: Tensor, last_BT: Tensor,
+                         beta: float) -> Tensor:
+    """r_t = - beta kl_t + [t is the last action] score, kl_t one of kl_estimates (Ouyang et al. 2022, eq. 2,
+    with k1 = log pi(a_t) - log pi_ref(a_t)).
 
     The score of the whole answer is paid at its last action; the divergence from the reference is charged at
-    each. The difference of log-probabilities is the estimator k1 of the KL: unbiased, and negative for some
-    tokens.
+    each.
     """
-    kl_BT = logprobs_BT - ref_logprobs_BT
     return torch.where(mask_BT, -beta * kl_BT, 0.0) + torch.where(last_BT, scores_BT, 0.0)
 
 

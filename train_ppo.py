@@ -23,8 +23,9 @@ import data
 import masks
 import model as model_file
 import objectives
+import own_reward
 from errors import Fault, UserError
-from generate import generate, generate_many
+from generate import generate, generate_many, never_drawn
 from labeller import Labeller
 from tokenizer import Tokenizer
 
@@ -35,18 +36,26 @@ from tokenizer import Tokenizer
 class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/sft"              # run folder to start from
-    reward: str = "runs/rm"             # run folder of the reward model
+    reward: str = "runs/rm"             # run folder of the reward model, or an own reward: file.py:function
     out: str = "runs/ppo"               # run folder
+    no_end: float = 1.0                 # taken off the score of an answer that does not end
+    score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
     beta: float = 0.08                  # price of a nat of KL to the reference, in units of reward
+    kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
+    kl_estimator: str = "k1"            # of a token's KL, in the reward: k1, k2, k3
+    whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
+    advantage: str = "gae"              # gae (with a value model); rloo, grpo (answers compared) want samples
+    samples: int = 1                    # answers to each prompt
     gamma: float = 1.0                  # discount per token
     lam: float = 0.95                   # lambda of generalised advantage estimation
     ratio_clip: float = 0.2             # the policy's probability ratio is clipped to 1 +- this
     value_clip: float = 0.2             # the value may move this far from its old value
+    value_init: str = "reward"          # weights of the value model: reward; sft, under a head of zeros
     value_lr: float = 5e-4              # highest learning rate of the value model
-    no_end: float = 1.0                 # taken off the score of an answer that does not end
     ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
+    kl_stop: float = 0.0                # end them where the policy has moved this far, nats a token, 0: never
     minibatch_size: int = 32            # answers in an optimizer step
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
@@ -57,6 +66,7 @@ class Config:
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only
+    adam_eps: float = 1e-8              # of AdamW: added to the root of the second moment
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 24                # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
@@ -83,6 +93,14 @@ def set_up(config: Config) -> common.Run:
     if config.batch_size % config.minibatch_size or config.minibatch_size % run.world:
         raise UserError(f"minibatch_size {config.minibatch_size} must divide batch_size {config.batch_size} "
                         f"and be a multiple of the {run.world} ranks")
+    known = {"advantage": ("gae", "rloo", "grpo"), "kl_estimator": ("k1", "k2", "k3"),
+             "value_init": ("reward", "sft")}
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise UserError(f"{name} is {getattr(config, name)!r}; it must be {', '.join(values)}")
+    if config.samples < 1 + (config.advantage != "gae") or config.batch_size % (config.samples * run.world):
+        raise UserError(f"samples is {config.samples}; times the {run.world} ranks it must divide batch_size "
+                        f"{config.batch_size}, and rloo and grpo compare at least 2 answers to a prompt")
     return run
 
 
@@ -101,7 +119,7 @@ class Data:
 def load_data(config: Config, run: common.Run) -> Data:
     tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
     needed = "python train_rm.py" + " --tiny" * config.tiny
-    if checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
+    if ":" not in config.reward and checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
         raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.prompt]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
@@ -122,9 +140,9 @@ def load_data(config: Config, run: common.Run) -> Data:
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
-    """What the step reads: batch_size of the sequences."""
+    """What the step reads: as many prompts as give batch_size answers."""
     sizes = np.ones(len(loaded.train), dtype=int)
-    chosen, _ = data.indices_of_step(sizes, config.batch_size, config.seed, step)
+    chosen, _ = data.indices_of_step(sizes, config.batch_size // config.samples, config.seed, step)
     return [loaded.train[i] for i in chosen]
 
 
@@ -138,21 +156,35 @@ def pairs_of_update(config: Config, loaded: Data, update: int) -> list[data.Exam
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
 class FourModels(torch.nn.Module):
-    """The networks of PPO. policy and value are trained, and may be wrapped (DDP, compiled)."""
+    """The networks of PPO. policy and value are trained, and may be wrapped (DDP, compiled).
 
-    def __init__(self, policy: model_file.LanguageModel, reward: model_file.ScalarModel):
+    reward: a reward model, or an own function in its place. value_init "reward" starts the value model as a
+    copy of it (Stiennon et al. 2020, appendix B.1; Ouyang et al. 2022, appendix C.4), "sft" as one of the
+    policy under a head of zeros, which says 0 before it has learnt (the code of Ziegler et al. 2019).
+    """
+
+    def __init__(self, policy: model_file.LanguageModel, reward: torch.nn.Module, value_init: str = "reward"):
         super().__init__()
         self.config = policy.config
         self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
-        self.reward, self.value = reward.requires_grad_(False), copy.deepcopy(reward).requires_grad_(True)
+        self.reward = reward.requires_grad_(False)
+        if value_init == "reward":
+            self.value = copy.deepcopy(reward)
+        else:
+            self.value = model_file.ScalarModel(copy.deepcopy(policy))
+            torch.nn.init.zeros_(self.value.head.weight)
+        self.value.requires_grad_(True)
 
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     policy = checkpoint.load_model(config.init, config.context)
-    reward = checkpoint.load_model(config.reward, config.context)
-    if not isinstance(reward, model_file.ScalarModel):
-        raise UserError(f"{config.reward} is no reward model; first run: python train_rm.py")
-    model = FourModels(policy, reward)
+    if ":" in config.reward:
+        model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer), "sft")
+    else:
+        reward = checkpoint.load_model(config.reward, config.context)
+        if not isinstance(reward, model_file.ScalarModel):
+            raise UserError(f"{config.reward} is no reward model; first run: python train_rm.py")
+        model = FourModels(policy, reward, config.value_init)
     run.print(f"{model.config.structure}: {model_file.parameter_count(policy):,} parameters, four times")
     return model.to(run.device)
 
@@ -160,11 +192,15 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
 # ---- 5. optimizer ------------------------------------------------------------------------------------------
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), one for both networks, each with its own learning rate."""
-    groups = [{"params": model.policy.parameters(), "weight_decay": config.weight_decay, "scale": 1.0},
+    """AdamW (Loshchilov & Hutter 2019), one for both networks, each with its own learning rate.
+
+    beta, which adapts itself where there is a kl_target, is kept here: so it is saved and resumed.
+    """
+    groups = [{"params": model.policy.parameters(), "weight_decay": config.weight_decay, "scale": 1.0,
+               "beta": config.beta},
               {"params": model.value.parameters(), "weight_decay": config.weight_decay,
                "scale": config.value_lr / config.lr if config.lr else 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps, fused=True)
 
 
 # ---- 6. evaluate -------------------------------------------------------------------------------------------
@@ -213,13 +249,15 @@ class Rollout:
     entropy: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor                # the reward model's, at last_action
+    rewards: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 
 
 def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, step: int) -> dict:
     """One iteration: sample answers, score them, estimate advantages, learn from them for some epochs."""
-    prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step))]
+    prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step))
+               for _ in range(config.samples)]
     answers = sample(config, run, loaded, model, prompts, step)
     n = config.minibatch_size // run.world
     size = min(n, config.micro_batch_size or n)
@@ -228,8 +266,12 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     minibatches = [[score(config, run, loaded, model, prompts[at], answers[at]) for at in part]
                    for part in parts]
     rollouts = [rollout for minibatch in minibatches for rollout in minibatch]
-    estimate_advantages(config, run, rollouts)
+    settings = optimizer.param_groups[0]
+    estimate_advantages(config, run, rollouts, settings["beta"])
     metrics = describe(run, loaded, prompts, answers, rollouts)
+    if config.kl_target:
+        settings["beta"] = objectives.adapted_beta(settings["beta"], metrics["kl"], config.kl_target)
+        metrics["beta"] = settings["beta"]
     return {**metrics, **learn(config, run, loaded, model, optimizer, minibatches, step)}
 
 
@@ -239,6 +281,14 @@ def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: 
     policy = common.unwrap(model.policy)
     return generate(policy, prompts, loaded.tokenizer, config.max_new, config.temperature,
                     generator=generator)
+
+
+def answer_logits(config: Config, loaded: Data, network, batch: data.Batch, batch_masks: masks.Masks,
+                  actions_BT: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) of the distribution that sample() draws from: at its temperature, over its tokens."""
+    logits_NV = network(batch, batch_masks, actions_BT) / config.temperature
+    logits_NV[:, never_drawn(common.unwrap(network), loaded.tokenizer)] = float("-inf")
+    return logits_NV
 
 
 @torch.no_grad()
@@ -253,10 +303,13 @@ def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers
     batch_masks, actions_BT = masks.of_batch(structure, batch), batch.loss_mask
     targets_N = batch.targets[actions_BT]
     with run.autocast():
-        logits_NV = model.policy(batch, batch_masks, actions_BT) / config.temperature
-        ref_logits_NV = model.reference(batch, batch_masks, actions_BT) / config.temperature
-        values_N = model.value(batch, batch_masks, actions_BT)
+        logits_NV = answer_logits(config, loaded, model.policy, batch, batch_masks, actions_BT)
+        ref_logits_NV = answer_logits(config, loaded, model.reference, batch, batch_masks, actions_BT)
+        values_N = (model.value(batch, batch_masks, actions_BT) if config.advantage == "gae"
+                    else torch.zeros_like(logits_NV[:, 0]))
         scores_M = model.reward(batch, batch_masks, batch.last)
+    if config.score_clip:
+        scores_M = scores_M.clamp(-config.score_clip, config.score_clip)
     scores_M = scores_M - config.no_end * (batch.tokens[batch.last] != loaded.tokenizer.end)
     # subtle: the reward is read where the last token stands, and paid where it was chosen: one before
     last_action_BT = torch.roll(batch.last, -1, dims=1)
@@ -269,20 +322,42 @@ def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers
                    scores=zeros_BT.masked_scatter(last_action_BT, scores_M))
 
 
-def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]) -> None:
-    """Rewards with the KL penalty, advantages, returns; advantages whitened over the whole iteration."""
+def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout], beta: float) -> None:
+    """Rewards with the KL penalty, advantages, returns."""
     for r in rollouts:
-        rewards_BT = objectives.kl_penalised_rewards(r.scores, r.logprobs, r.ref_logprobs, r.actions,
-                                                     r.last_action, config.beta)
-        r.advantages = objectives.gae(rewards_BT, r.values, r.actions, r.last_action, config.gamma,
-                                      config.lam)
+        k1, k2, k3 = objectives.kl_estimates(r.logprobs, r.ref_logprobs)
+        kl_BT = {"k1": k1, "k2": k2, "k3": k3}[config.kl_estimator]
+        r.rewards = objectives.kl_penalised_rewards(r.scores, kl_BT, r.actions, r.last_action, beta)
+    if config.whiten_rewards:
+        whiten_together(run, rollouts, "rewards", shift_mean=False)
+    if config.advantage != "gae":
+        return compare_answers(config, rollouts)
+    for r in rollouts:
+        r.advantages = objectives.gae(r.rewards, r.values, r.actions, r.last_action, config.gamma, config.lam)
         r.returns = r.advantages + r.values
-    advantages_N = torch.cat([r.advantages[r.actions] for r in rollouts]).double()
-    n = run.sum(len(advantages_N))
-    total, squares = run.sum(torch.stack([advantages_N.sum(), (advantages_N ** 2).sum()]))
+    whiten_together(run, rollouts, "advantages")
+
+
+def whiten_together(run: common.Run, rollouts: list[Rollout], name: str, shift_mean: bool = True) -> None:
+    """Whiten over all tokens of the iteration, those of the other ranks too."""
+    x_N = torch.cat([getattr(r, name)[r.actions] for r in rollouts]).double()
+    n, total, squares = run.sum(torch.stack([torch.ones_like(x_N).sum(), x_N.sum(), (x_N ** 2).sum()]))
     mean, var = (total / n).float(), (squares / n - (total / n) ** 2).float()
     for r in rollouts:
-        r.advantages = objectives.whiten(r.advantages, (mean, var)) * r.actions
+        setattr(r, name, objectives.whiten(getattr(r, name), (mean, var), shift_mean) * r.actions)
+
+
+def compare_answers(config: Config, rollouts: list[Rollout]) -> None:
+    """RLOO or GRPO: the other answers to the prompt take the value model's place."""
+    documents = [r.batch.document[r.actions] for r in rollouts]            # (N,) answer of each token
+    totals = [torch.zeros(int(document_N.max()) + 1, device=document_N.device)
+              .index_add(0, document_N, r.rewards[r.actions]) for r, document_N in zip(rollouts, documents)]
+    compare = {"rloo": objectives.leave_one_out, "grpo": objectives.group_relative}[config.advantage]
+    advantages_PK = compare(torch.cat(totals).view(-1, config.samples))
+    parts = advantages_PK.flatten().split([len(total) for total in totals])
+    for r, document_N, part in zip(rollouts, documents, parts):
+        r.advantages = torch.zeros_like(r.rewards).masked_scatter(r.actions, part[document_N])
+        r.returns = r.values
 
 
 def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatches: list[list[Rollout]],
@@ -296,8 +371,10 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
         if number == 0 and done[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
             raise Fault(f"on the first minibatch the ratio differs from 1 by {done[0]['off']:.2g}: "
                                "the policy that learns is not the one that sampled")
+        if config.kl_stop and done[-1]["moved"] > config.kl_stop:          # as in OpenAI's Spinning Up, 2018
+            break
     means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
-    return {**means, "ratio": done[0]["ratio"]}
+    return {**means, "ratio": done[0]["ratio"], "updates": len(done)}
 
 
 def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
@@ -305,23 +382,26 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
     """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in."""
     counted = run.sum(sum(r.actions.sum() for r in minibatch))
     mixed = config.ptx > 0 and bool(loaded.pairs)
-    totals, off = torch.zeros(4, device=run.device), 0.0
+    totals, off = torch.zeros(5, device=run.device), 0.0
     for i, r in enumerate(minibatch):
         last, old_logprobs_N = i == len(minibatch) - 1, r.logprobs[r.actions]
         with run.autocast(), common.gradients_meet(model.policy, last=last and not mixed):
-            logits_NV = model.policy(r.batch, r.masks, r.actions) / config.temperature
+            logits_NV = answer_logits(config, loaded, model.policy, r.batch, r.masks, r.actions)
             logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions])
             policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
                                                          config.ratio_clip).sum()
             (policy_loss / counted * run.world).backward()        # DDP averages over ranks; the loss is a sum
-        with run.autocast(), common.gradients_meet(model.value, last=last):
-            values_N = model.value(r.batch, r.masks, r.actions)
-            value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions], r.returns[r.actions],
-                                                       config.value_clip).sum()
-            (value_loss / counted * run.world).backward()
+        value_loss = torch.zeros((), device=run.device)
+        if config.advantage == "gae":
+            with run.autocast(), common.gradients_meet(model.value, last=last):
+                values_N = model.value(r.batch, r.masks, r.actions)
+                value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions],
+                                                           r.returns[r.actions], config.value_clip).sum()
+                (value_loss / counted * run.world).backward()
         ratio_N = (logprobs_N - old_logprobs_N).detach().exp()
         clipped = ((ratio_N - 1).abs() > config.ratio_clip).sum()
-        totals += torch.stack([policy_loss.detach(), value_loss.detach(), clipped, ratio_N.sum()])
+        moved = objectives.kl_estimates(old_logprobs_N, logprobs_N.detach())[2].sum()
+        totals += torch.stack([policy_loss.detach(), value_loss.detach(), clipped, ratio_N.sum(), moved])
         off = max(off, float((ratio_N - 1).abs().max()))
     ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
@@ -329,7 +409,7 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
     common.check_finite(number, loss=totals.sum() + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()
-    names = ("policy_loss", "value_loss", "clip_fraction", "ratio")
+    names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "moved")
     return {**dict(zip(names, (run.sum(totals) / counted).tolist())), "ptx_loss": float(ptx_loss), "off": off}
 
 
@@ -355,15 +435,45 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
     kl = sum(((r.logprobs - r.ref_logprobs) * r.actions).sum() for r in rollouts)
     ended = sum(answer[-1] == loaded.tokenizer.end for answer in answers)
     n_tokens = sum(map(len, answers))
+    repeated = sum(len(answer) - len(set(answer)) for answer in answers)
     sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl,
-                                 total("entropy", "actions"), ended, sum(golds_of(loaded, prompts, answers))],
-                                dtype=torch.float64)).tolist()
+                                 total("entropy", "actions"), ended, sum(golds_of(loaded, prompts, answers)),
+                                 repeated], dtype=torch.float64)).tolist()
     values, returns = (torch.cat([getattr(r, name)[r.actions] for r in rollouts])
                        for name in ("values", "returns"))
-    n, n_tokens, score, kl, entropy, ended, gold = sums
+    n, n_tokens, score, kl, entropy, ended, gold, repeated = sums
     return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens,
-            "length": n_tokens / n, "ended": ended / n,
+            "length": n_tokens / n, "ended": ended / n, "repetition": repeated / n_tokens,
             "explained_variance": float(objectives.explained_variance(values, returns))}
+
+
+def warnings_of(now: dict[str, float], first: dict[str, float]) -> list[str]:
+    """What a reader of the log should look at: the usual traces of a reward that is being exploited.
+
+    first: the figures of the first iteration, when the policy was still the reference. Reward and loss do not
+    tell; length, repetition, KL, entropy and the share of answers that end do (Zheng et al. 2023, section 4).
+    """
+    signs = {
+        "answers are {length:.0f} tokens long, at first {first:.0f}":
+            not 0.6 < now["length"] / first["length"] < 1.5 and "length",
+        "{repetition:.0%} of the tokens of an answer repeat others, at first {first:.0%}":
+            now["repetition"] > first["repetition"] + 0.1 and "repetition",
+        "only {ended:.0%} of the answers end, at first {first:.0%}":
+            now["ended"] < first["ended"] - 0.1 and "ended",
+        "the entropy is {entropy:.2f} nats a token, at first {first:.2f}":
+            now["entropy"] < 0.5 * first["entropy"] and "entropy",
+        "the KL to the reference is {kl:.0f} nats an answer": now["kl"] > 15 and "kl"}
+    return [text.format(**now | {"first": first[name]}) for text, name in signs.items() if name]
+
+
+def show_answer(config: Config, run: common.Run, loaded: Data, model) -> None:
+    """One example, scored before anything is written: an own reward that fails does so here."""
+    prompt = loaded.train[0].source
+    answer = sample(config, run, loaded, model, [prompt], step=0)[0]
+    rollout = score(config, run, loaded, model, [prompt], [answer])
+    decode, value = loaded.tokenizer.decode, float(rollout.scores.sum())
+    ended = "<end>" * (answer[-1] == loaded.tokenizer.end)
+    run.print_example(f"{decode(prompt)}[[{decode(answer)}{ended}]]   reward {value:+.2f}")
 
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
@@ -390,10 +500,10 @@ def main(config: Config) -> dict[str, float]:
     policy, value = model.policy, model.value
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
-    first = examples_of_step(config, loaded, start)[0]
-    run.print_example(loaded.tokenizer.decode(first.source) + "[[the policy's own answer<end>]]")
+    show_answer(config, run, loaded, model)
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
+    first = log.first
     model.policy, model.value = (common.wrap(network, run, config.compile) for network in (policy, value))
 
     for step in run.progress(range(start, config.steps), "steps"):
@@ -405,6 +515,9 @@ def main(config: Config) -> dict[str, float]:
                             optimizer=optimizer)
         due = common.due(step + 1, config.eval_every, config.steps)
         log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
+        first = first or log.last
+        if signs := warnings_of(log.last, first):
+            run.print("look at samples: " + "; ".join(signs))
 
     log.curves()
     write_samples(config, run, loaded, model)

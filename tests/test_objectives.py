@@ -234,7 +234,7 @@ def test_kl_penalised_rewards_equal_the_loop():
     """- beta (log pi - log pi_ref) at every action, the score on top at the last, nothing elsewhere."""
     mask, last = actions()
     scores, logprobs, ref = drawn(), drawn(), drawn()
-    rewards = objectives.kl_penalised_rewards(scores, logprobs, ref, mask, last, beta=0.3)
+    rewards = objectives.kl_penalised_rewards(scores, logprobs - ref, mask, last, beta=0.3)
     expected = torch.zeros(B, T, dtype=torch.float64)
     for b, row in enumerate(DOCUMENTS):
         for first, end in row:
@@ -370,7 +370,7 @@ def test_shapes_are_what_names_say():
             (objectives.entropy, (logits,)),
             (objectives.pairwise_reward_loss, (scores, preference)),
             (objectives.pairwise_accuracy, (scores, preference, torch.ones(5) > 0)),
-            (objectives.kl_penalised_rewards, (drawn(), drawn(), drawn(), mask, last, 0.1)),
+            (objectives.kl_penalised_rewards, (drawn(), drawn(), mask, last, 0.1)),
             (objectives.gae, (drawn(), drawn(), mask, last, 1.0, 0.9))):
         _, seen = check_shapes(function, *arguments)
         assert seen[function.__name__] >= 2

@@ -60,7 +60,7 @@ def stage_configs(structure: str, package: Path, runs: Path) -> list:
             steps=4, batch_size=4, warmup=2, eval_size=5)),
         (train_ppo.main, train_ppo.Config(
             **common_flags, init=str(runs / "sft"), reward=str(runs / "rm"), out=str(runs / "ppo"), steps=4,
-            batch_size=8, minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5)),
+            batch_size=8, minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5, kl_target=1.0)),
     ]
 
 
@@ -93,6 +93,38 @@ def test_first_ppo_iteration_starts_at_the_reference(flow):
     assert rows[0]["kl"] == 0 and all(abs(row["ratio"] - 1) < 1e-6 for row in rows)
 
 
+@one_structure
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_ppo_with_prompts_alone_and_an_own_reward(flow, advantage, tmp_path):
+    """No answers, no reward model, several samples of a prompt: the figures are finite, the own reward rises
+    or falls with nothing but the function, and what a reward model would be asked for is not missed.
+    """
+    runs, stages, _ = flow
+    prompts = [json.dumps({"prompt": f"def read_{noun}(path):\n# read {noun}\n"}) for noun in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    (tmp_path / "mine.py").write_text("def letters(prompt, response):\n    return len(response) / 10\n")
+    config = type(stages[3][1])(**{**vars(stages[3][1]), "data": str(tmp_path / "prompts.jsonl"),
+                                   "reward": f"{tmp_path}/mine.py:letters", "advantage": advantage,
+                                   "samples": 4, "out": str(tmp_path / "ppo"), "no_end": 0.0})
+    last = train_ppo.main(config)
+    assert last["step"] == config.steps and 0 < last["reward"] < 8
+    assert last["ptx_loss"] == 0 and (last["value_loss"] == 0) == (advantage != "gae")
+
+
+@pytest.mark.parametrize("flags, fragment", [
+    (("--advantage", "guess"), "guess"), (("--advantage", "rloo"), "at least 2"),
+    (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
+    (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size")])
+@one_structure
+def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
+    """Said before anything is written."""
+    runs, _, _ = flow
+    usual = ("--data", str(package), "--init", str(runs / "sft"), "--reward", str(runs / "rm"), "--max_new", "8",
+             "--out", str(tmp_path / "out"), "--batch_size", "8", "--minibatch_size", "4")
+    error = fails(monkeypatch, capsys, train_ppo, *usual, *flags)
+    assert fragment in error and not (tmp_path / "out").exists()
+
+
 def test_no_held_out_name_is_trained_on(flow, package):
     """The names that pretraining holds out are held out by every later stage, and no stage trains on one."""
     runs, _, _ = flow
@@ -110,6 +142,7 @@ def test_resumed_equals_uninterrupted(flow, stage, tmp_path):
     (folder / "checkpoint-0000004.pt").unlink()
     main(type(config)(**{**vars(config), "out": str(folder), "resume": "must"}))
     whole, resumed = (torch.load(Path(out) / "checkpoint-0000004.pt") for out in (config.out, folder))
+    assert resumed["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]      # beta, in PPO
     for part in ("model", "value") if stage == 3 else ("model",):
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, resumed[part][name]), (part, name)

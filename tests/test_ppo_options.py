@@ -1,0 +1,179 @@
+"""What train_ppo.py offers beyond its defaults: rewards of one's own, ways to estimate, brakes, warnings."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import data
+import masks
+import model as networks
+import objectives
+import own_reward
+import train_ppo
+from conftest import STRUCTURES, random_tokens
+from errors import UserError
+from generate import generate, never_drawn
+
+RUN = common.Run(None, torch.device("cpu"), torch.float32)
+
+
+def loaded_with(tokenizer) -> SimpleNamespace:
+    return SimpleNamespace(tokenizer=tokenizer, pairs=[], labeller=SimpleNamespace(gold=lambda *_: 0.0))
+
+
+def rollouts_of(config, random_model, tokenizer, structure="causal", answers=8):
+    """(model, rollouts): answers to answers/config.samples prompts, scored in two parts."""
+    model = train_ppo.FourModels(random_model(structure), networks.ScalarModel(random_model(structure)))
+    model.reference = random_model(structure)
+    groups = [[random_tokens(3)] * config.samples for _ in range(answers // config.samples)]
+    prompts = sum(groups, [])
+    written = [random_tokens(2 + k % 3) + [tokenizer.end] * (k % 2) for k in range(answers)]
+    half = answers // 2
+    return model, [train_ppo.score(config, RUN, loaded_with(tokenizer), model, prompts[at], written[at])
+                   for at in (slice(0, half), slice(half, answers))]
+
+
+# ---- the distribution that is scored is the one that is sampled --------------------------------------------
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_scored_is_what_is_sampled(structure, temperature, random_model, tokenizer):
+    """generate() draws no special token but <end>: over all others the probabilities of a first token add up
+    to 1, for the policy and for the reference. And none of the tokens left out is ever drawn.
+    """
+    config = train_ppo.Config(temperature=temperature, row=64)
+    model = train_ppo.FourModels(random_model(structure), networks.ScalarModel(random_model(structure)))
+    never = set(never_drawn(model.policy, tokenizer))
+    assert set(tokenizer.specials.values()) - {tokenizer.end} == never
+    first = [[token] for token in range(tokenizer.vocab) if token not in never]
+    rollout = train_ppo.score(config, RUN, loaded_with(tokenizer), model, [[5, 6, 7]] * len(first), first)
+    for logprobs_BT in (rollout.logprobs, rollout.ref_logprobs):
+        assert float(logprobs_BT[rollout.actions].exp().sum()) == pytest.approx(1.0, abs=1e-4)
+    answers = generate(model.policy, [[5, 6, 7]] * 200, tokenizer, 4, temperature)
+    assert not never & {token for answer in answers for token in answer}
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("advantage, equation", [("rloo", objectives.leave_one_out),
+                                                 ("grpo", objectives.group_relative)])
+def test_answers_of_a_prompt_are_compared(advantage, equation, random_model, tokenizer):
+    """All tokens of an answer have its advantage: the equation's, on the sums of the answers' rewards."""
+    config = train_ppo.Config(advantage=advantage, samples=2, row=16, beta=0.3)
+    _, rollouts = rollouts_of(config, random_model, tokenizer)
+    train_ppo.estimate_advantages(config, RUN, rollouts, config.beta)
+    sums, advantages = [], []
+    for r in rollouts:
+        for document in range(4):
+            here = r.actions & (r.batch.document == document)
+            kl = (r.logprobs - r.ref_logprobs)[here].sum()
+            sums.append(r.scores[here].sum() - 0.3 * kl)
+            assert r.advantages[here].unique().numel() == 1
+            advantages.append(r.advantages[here][0])
+    expected = equation(torch.stack(sums).view(4, 2)).flatten()
+    torch.testing.assert_close(torch.stack(advantages), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_penalty_is_the_estimator_asked_for(estimator, random_model, tokenizer):
+    """Reward minus score is - beta k of the token."""
+    config = train_ppo.Config(kl_estimator=estimator, row=16)
+    _, rollouts = rollouts_of(config, random_model, tokenizer)
+    train_ppo.estimate_advantages(config, RUN, rollouts, 0.5)
+    for r in rollouts:
+        d = (r.logprobs - r.ref_logprobs)[r.actions]
+        k = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[estimator]
+        torch.testing.assert_close((r.rewards - r.scores)[r.actions], -0.5 * k, atol=1e-5, rtol=1e-5)
+
+
+def test_whitened_rewards_have_variance_one_and_their_mean(random_model, tokenizer):
+    """Over the tokens of the whole iteration."""
+    kept = {}
+    for whiten in (False, True):
+        torch.manual_seed(3)
+        config = train_ppo.Config(whiten_rewards=whiten, row=16)
+        _, rollouts = rollouts_of(config, random_model, tokenizer)
+        train_ppo.estimate_advantages(config, RUN, rollouts, config.beta)
+        kept[whiten] = torch.cat([r.rewards[r.actions] for r in rollouts])
+    assert float(kept[True].var(unbiased=False)) == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(kept[True].mean(), kept[False].mean(), atol=1e-4, rtol=0)
+
+
+def test_scores_are_clipped(random_model, tokenizer):
+    """At +- score_clip, before the penalty for an answer without an end."""
+    kept = {}
+    for clip in (0.0, 0.1):
+        torch.manual_seed(3)
+        config = train_ppo.Config(score_clip=clip, no_end=2.0, row=16)
+        _, rollouts = rollouts_of(config, random_model, tokenizer)
+        kept[clip] = torch.cat([r.scores[r.last_action] for r in rollouts])
+    unended = torch.where(kept[0.0] != 0, kept[0.1].abs() > 1, False)
+    raw = kept[0.0] + 2.0 * unended
+    torch.testing.assert_close(kept[0.1], raw.clamp(-0.1, 0.1) - 2.0 * unended, atol=1e-6, rtol=0)
+    assert 0 < unended.sum() < 8 and (raw.abs() > 0.1).any()
+
+
+def test_a_value_model_of_its_own_begins_at_zero(random_model, tokenizer):
+    """value_init sft: 0 everywhere, and it can learn; value_init reward: what the reward model says."""
+    reward = networks.ScalarModel(random_model("causal"))
+    batch = data.lay_out([data.Example([1, 2], [[3, 4, tokenizer.end]])], "causal", 16, tokenizer)
+    for value_init in ("sft", "reward"):
+        model = train_ppo.FourModels(random_model("causal"), reward, value_init)
+        values = model.value(batch, masks.of_batch("causal", batch), batch.loss_mask)
+        scores = model.reward(batch, masks.of_batch("causal", batch), batch.loss_mask)
+        assert all(p.requires_grad for p in model.value.parameters())
+        assert (values == 0).all() if value_init == "sft" else torch.equal(values, scores)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path):
+    """Each document of a packed batch, in the order of the scores that are asked for."""
+    source = "def reward(prompt, response):\n    return len(prompt) + len(response) / 100\n"
+    (tmp_path / "mine.py").write_text(source)
+    function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer)
+    pairs = [("abc", "d"), ("e", "fghi"), ("jk", "lm")]
+    examples = [data.Example(tokenizer.encode(prompt), [tokenizer.encode(response) + [tokenizer.end]])
+                for prompt, response in pairs]
+    batch = data.lay_out(examples, structure, 12, tokenizer)
+    scores = function(batch, None, batch.last)
+    expected = [len(p) + len(r) / 100 for p, r in (pairs[d] for d in batch.document[batch.last].tolist())]
+    assert scores.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("content, name, fragment", [
+    ("", "absent.py:reward", "there is no file"),
+    ("def other(prompt, response): return 0", "mine.py:reward", "has no function 'reward'"),
+    ("def reward(prompt, response): return 1 / 0", "mine.py:reward", "ZeroDivisionError"),
+    ("def reward(prompt): return 0", "mine.py:reward", "TypeError"),
+    ("def reward(prompt, response): return None", "mine.py:reward", "TypeError"),
+    ("def reward(prompt, response): return float('nan')", "mine.py:reward", "finite"),
+    ("import nothing_of_this_name", "mine.py:reward", "cannot be run")])
+def test_a_bad_own_reward_is_one_sentence(tmp_path, tokenizer, content, name, fragment):
+    (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(UserError, match=fragment):
+        function = own_reward.RewardFunction(f"{tmp_path}/{name}", tokenizer)
+        function.score("prompt", "response")
+
+
+# ---- brakes and warnings -----------------------------------------------------------------------------------
+
+def test_epochs_end_when_the_policy_has_moved_far_enough(random_model, tokenizer, monkeypatch):
+    """kl_stop: the first update beyond it is the last of the iteration."""
+    moves = iter([0.01, 0.02, 0.05, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(train_ppo, "update", lambda *_: {"off": 0.0, "ratio": 1.0, "moved": next(moves)})
+    config = train_ppo.Config(epochs=3, kl_stop=0.1)
+    done = train_ppo.learn(config, RUN, None, None, None, [[], []], step=0)
+    assert done["updates"] == 4 and done["moved"] == pytest.approx(0.07)
+
+
+def test_warnings_name_what_has_changed():
+    """Nothing to say of the first iteration; each sign by itself brings one sentence."""
+    first = {"length": 15.0, "repetition": 0.1, "ended": 0.95, "entropy": 3.0, "kl": 0.0, "reward": 0.0}
+    assert train_ppo.warnings_of(first, first) == []
+    for name, value, word in (("length", 30.0, "30 tokens"), ("length", 6.0, "6 tokens"),
+                              ("repetition", 0.5, "50% of the tokens"), ("ended", 0.4, "only 40%"),
+                              ("entropy", 1.0, "1.00 nats"), ("kl", 40.0, "40 nats")):
+        warning, = train_ppo.warnings_of(first | {name: value}, first)
+        assert word in warning
+    assert train_ppo.warnings_of(first | {"reward": 9.0}, first) == []
