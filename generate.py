@@ -127,8 +127,8 @@ class Decoding:
 
 
 def never_drawn(model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that no answer holds: the special ones but the end, and those by which a published vocabulary
-    was padded. To sample without them is to sample from the distribution over all others.
+    """The tokens that no answer holds: the special ones but the end, and those by which a published
+    vocabulary was padded. To sample without them is to sample from the distribution over all others.
     """
     return sorted(set(range(model.config.vocab)) - set(tokenizer.text) - {tokenizer.end})
 
