@@ -1,0 +1,44 @@
+"""notebooks/claims.py: its arithmetic, and that the committed record is what it would write."""
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
+
+import claims                                   # noqa: E402
+from errors import UserError                    # noqa: E402
+
+
+def test_the_fit_finds_the_curve_it_was_made_from():
+    """gold = d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL (Gao et al. 2022)."""
+    d = np.linspace(0.2, 5, 20)
+    assert claims.fit_of_gold(d, d * (0.3 - 0.04 * d), logarithm=False) == pytest.approx((0.3, 0.04))
+    assert claims.fit_of_gold(d, d * (0.3 - 0.04 * np.log(d)), logarithm=True) == pytest.approx((0.3, 0.04))
+
+
+def test_interval_is_students():
+    """Of 1, 2, 3: mean 2, standard deviation 1, t = 4.303 at two degrees of freedom."""
+    mean, half = claims.mean_and_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(claims.mean_and_interval([1.0])[1])
+
+
+def test_table_has_a_line_per_row_and_no_other_claims():
+    rows = [{"claim": "a", "seed": seed, "row": row, "gold": gold} for row, golds in
+            (("sft", (0.5, 0.6, 0.7)), ("ppo", (0.8,))) for seed, gold in enumerate(golds)]
+    table = claims.table_of(rows + [{"claim": "b", "row": "other", "gold": 0.1}], "a", ("gold",))
+    assert table.splitlines()[2:] == ["| sft | 0.600 ± 0.248 |", "| ppo | 0.800 |"]
+
+
+def test_an_unknown_measurement_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="there is no measurement luck; there are rl_against_sft"):
+        claims.main(claims.Config(only="luck", record=str(tmp_path / "claims.jsonl")))
+    assert not (tmp_path / "claims.jsonl").exists()
+
+
+def test_every_measurement_says_what_is_claimed():
+    for measurement in claims.MEASUREMENTS:
+        assert 20 < len(measurement.__doc__.splitlines()[0]) < 110
