@@ -247,7 +247,8 @@ def reward_model_accuracy(flow: Flow) -> list[dict]:
     rivals = rivals_of(study)
     everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
     variants = {"all": (1, {}), "1/4": (1 / 4, dict(prompts=everything // 4)),
-                "1/16": (1 / 16, dict(prompts=everything // 16)), "25 % noise": (1, dict(label_noise=0.25))}
+                "1/16": (1 / 16, dict(prompts=max(16, everything // 16))),
+                "25 % noise": (1, dict(label_noise=0.25))}
     for name, (share, settings) in variants.items():
         key = name.replace("/", "_of_").replace(" % ", "_")
         shorter = flow.steps(train_rm, max(share, 1 / 6)) if share < 1 else {}
