@@ -211,7 +211,7 @@ def over_optimisation(flow: Flow) -> list[dict]:
     """Without a KL penalty the reward goes on rising while the gold score turns down (Gao et al. 2022)."""
     study = flow.study()
     folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, **dict(flow.steps(train_ppo, 2.5), warmup=10), lr=1e-3)
-    rows = [{"row": "ppo", **{name: line[name] for name in ("step", "kl", "reward", "gold")}}
+    rows = [{"row": f"PPO, iteration {line['step']}", **{name: line[name] for name in ("step", "kl", "reward", "gold")}}
             for line in metrics_of(folder)]
     study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
     most = 8 if flow.config.tiny else 64
@@ -225,7 +225,7 @@ def over_optimisation(flow: Flow) -> list[dict]:
         best = [reward_NP[at].argmax(0) for at in groups]
         reward, gold = (float(np.mean([np.take_along_axis(x[at], which[None], 0)
                                        for at, which in zip(groups, best)])) for x in (reward_NP, gold_NP))
-        rows.append({"row": "best_of_n", "n": n, "kl": math.log(n) - 1 + 1 / n, "reward": reward,
+        rows.append({"row": f"best of {n}", "kl": math.log(n) - 1 + 1 / n, "reward": reward,
                      "gold": gold})
     return rows
 
@@ -237,6 +237,35 @@ def fit_of_gold(d: np.ndarray, gained: np.ndarray, logarithm: bool) -> tuple[flo
     second = d * np.log(d) if logarithm else d * d
     alpha, beta = np.linalg.lstsq(np.stack((d, -second), 1), gained, rcond=None)[0]
     return float(alpha), float(beta)
+
+
+def draw_over_optimisation(rows: list[dict], path: Path) -> None:
+    """Reward and gold score against sqrt(KL), for best-of-n and PPO, all seeds; the fits through gold."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axis, name, logarithm in zip(axes, ("best of", "PPO"), (False, True)):
+        d, reward, gold = (np.array([row[key] for row in rows if row["row"].startswith(name)])
+                           for key in ("kl", "reward", "gold"))
+        d = np.sqrt(np.maximum(d, 0))
+        start = gold[d < 0.05].mean()
+        axis.plot(d, (reward - reward[d < 0.05].mean()) / 5, "o", color="#ee7733", markersize=3,
+                  label="reward model's score gained / 5")
+        axis.plot(d, gold - start, "^", color="#0077bb", markersize=3, label="gold score gained")
+        moved = d >= 0.05
+        alpha, beta = fit_of_gold(d[moved], gold[moved] - start, logarithm)
+        x = np.linspace(0.05, d.max(), 200)
+        y = x * (alpha - beta * (np.log(x) if logarithm else x))
+        law = "log d" if logarithm else "d"
+        axis.plot(x, y, color="black", linewidth=1.2, label=f"d ({alpha:.3f} − {beta:.3f} {law})")
+        axis.set(xlabel="d = √KL(policy ‖ SFT), nats per answer",
+                 title="PPO without KL penalty" if name == "PPO" else "best of n SFT answers")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # ---- the reward model --------------------------------------------------------------------------------------
@@ -410,6 +439,9 @@ def main(config: Config) -> list[dict]:
         found = [row for row in records if row["claim"] == name]
         columns = tuple(dict.fromkeys(k for row in found for k, v in row.items() if isinstance(v, float)))
         print(f"\n## {name}\n\n{table_of(records, name, columns[:8])}")
+    if "over_optimisation" in wanted:
+        draw_over_optimisation([row for row in records if row["claim"] == "over_optimisation"],
+                               Path(config.record).with_name("over_optimisation.png"))
     machine = hardware.processor_name(torch.device("cpu"))
     print(f"\nwritten: {config.record}. {machine}, torch {torch.__version__}")
     return records
