@@ -306,7 +306,7 @@ def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers
         logits_NV = answer_logits(config, loaded, model.policy, batch, batch_masks, actions_BT)
         ref_logits_NV = answer_logits(config, loaded, model.reference, batch, batch_masks, actions_BT)
         values_N = (model.value(batch, batch_masks, actions_BT) if config.advantage == "gae"
-                    else torch.zeros_like(logits_NV[:, 0]))
+                    else torch.zeros(len(targets_N), device=run.device))
         scores_M = model.reward(batch, batch_masks, batch.last)
     if config.score_clip:
         scores_M = scores_M.clamp(-config.score_clip, config.score_clip)

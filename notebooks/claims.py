@@ -211,8 +211,8 @@ def over_optimisation(flow: Flow) -> list[dict]:
     """Without a KL penalty the reward goes on rising while the gold score turns down (Gao et al. 2022)."""
     study = flow.study()
     folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, **dict(flow.steps(train_ppo, 2.5), warmup=10), lr=1e-3)
-    rows = [{"row": f"PPO, iteration {line['step']}", **{name: line[name] for name in ("kl", "reward", "gold")}}
-            for line in metrics_of(folder)]
+    rows = [{"row": f"PPO, iteration {line['step']}", "kl": line["kl"], "reward": line["reward"],
+             "gold": line["gold"]} for line in metrics_of(folder)]
     study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
     most = 8 if flow.config.tiny else 64
     prompts = [prompt for prompt in study.prompts for _ in range(most)]
