@@ -15,8 +15,8 @@ from errors import UserError                    # noqa: E402
 def test_the_fit_finds_the_curve_it_was_made_from():
     """gold = d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL (Gao et al. 2022)."""
     d = np.linspace(0.2, 5, 20)
-    assert claims.fit_of_gold(d, d * (0.3 - 0.04 * d), logarithm=False) == pytest.approx((0.3, 0.04))
-    assert claims.fit_of_gold(d, d * (0.3 - 0.04 * np.log(d)), logarithm=True) == pytest.approx((0.3, 0.04))
+    assert claims.claims_rl.fit_of_gold(d, d * (0.3 - 0.04 * d), logarithm=False) == pytest.approx((0.3, 0.04))
+    assert claims.claims_rl.fit_of_gold(d, d * (0.3 - 0.04 * np.log(d)), logarithm=True) == pytest.approx((0.3, 0.04))
 
 
 def test_interval_is_students():
@@ -34,7 +34,7 @@ def test_table_has_a_line_per_row_and_no_other_claims():
 
 
 def test_an_unknown_measurement_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="there is no measurement luck; there are rl_against_sft"):
+    with pytest.raises(UserError, match="there is no measurement luck; there are structures"):
         claims.main(claims.Config(only="luck", record=str(tmp_path / "claims.jsonl")))
     assert not (tmp_path / "claims.jsonl").exists()
 
