@@ -34,6 +34,12 @@ from errors import UserError                    # noqa: E402
 from flow import Flow                           # noqa: E402
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
+QUALITY = ("gold", "gold_greedy", "about_greedy", "f1_greedy", "kl", "loss", "length")
+COLUMNS = {                             # of the tables; of measurements that are not named here: all figures
+    "rl_against_sft": QUALITY, "relevance": QUALITY,
+    "reward_model_accuracy": ("accuracy", "accuracy_sample_sample", "accuracy_human_sample", "gold",
+                              "gold_greedy", "about_greedy", "kl"),
+    "stability": ("gold_before", "gold", "reward", "kl", "entropy", "length", "ended", "warned_at")}
 
 
 @dataclass
@@ -73,17 +79,20 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t * spread / math.sqrt(len(values)))
 
 
-def table_of(rows: list[dict], claim: str, columns: tuple) -> str:
+def table_of(record: list[dict], claim: str) -> str:
     """Mean ± half of the 95 % interval over the seeds, a line per row of the measurement."""
-    rows = [row for row in rows if row["claim"] == claim]
+    rows = [row for row in record if row["claim"] == claim]
+    figures = [name for row in rows for name, x in row.items() if isinstance(x, (int, float))]
+    columns = COLUMNS.get(claim, tuple(dict.fromkeys(name for name in figures if name != "seed")))
     lines = ["| " + " | ".join(("", *columns)) + " |", "|" + "---|" * (1 + len(columns))]
     for name in dict.fromkeys(row["row"] for row in rows):
         cells = []
         for column in columns:
             values = [row[column] for row in rows if row["row"] == name and row.get(column) is not None]
             mean, half = mean_and_interval(values) if values else (math.nan, math.nan)
-            spread = "" if math.isnan(half) else f" ± {half:.3f}"
-            cells.append(f"{mean:.3f}{spread}" if values else "")
+            digits = 0 if all(isinstance(value, int) for value in values) else 3
+            spread = "" if math.isnan(half) or not half else f" ± {half:.{digits}f}"
+            cells.append(f"{mean:,.{digits}f}{spread}" if values else "")
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines)
 
@@ -113,8 +122,7 @@ def main(config: Config) -> list[dict]:
             common.write_atomically(Path(config.record), text.encode())
     for name in wanted:
         found = [row for row in records if row["claim"] == name]
-        columns = tuple(dict.fromkeys(k for row in found for k, v in row.items() if isinstance(v, float)))
-        print(f"\n## {name}\n\n{table_of(records, name, columns[:8])}")
+        print(f"\n## {name}\n\n{table_of(records, name)}")
     if "over_optimisation" in wanted:
         claims_rl.draw_over_optimisation([row for row in records if row["claim"] == "over_optimisation"],
                                Path(config.record).with_name("over_optimisation.png"))

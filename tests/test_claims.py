@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
 import claims                                   # noqa: E402
 from errors import UserError                    # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+RECORD, README = ROOT / "records" / "claims.jsonl", (ROOT / "README.md").read_text(encoding="utf-8")
+
 
 def test_the_fit_finds_the_curve_it_was_made_from():
     """gold = d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL (Gao et al. 2022)."""
@@ -29,8 +32,15 @@ def test_interval_is_students():
 def test_table_has_a_line_per_row_and_no_other_claims():
     rows = [{"claim": "a", "seed": seed, "row": row, "gold": gold} for row, golds in
             (("sft", (0.5, 0.6, 0.7)), ("ppo", (0.8,))) for seed, gold in enumerate(golds)]
-    table = claims.table_of(rows + [{"claim": "b", "row": "other", "gold": 0.1}], "a", ("gold",))
+    table = claims.table_of(rows + [{"claim": "b", "row": "other", "gold": 0.1}], "a")
     assert table.splitlines()[2:] == ["| sft | 0.600 ± 0.248 |", "| ppo | 0.800 |"]
+
+
+@pytest.mark.parametrize("claim", sorted({row["claim"] for row in claims.read_record(RECORD)}))
+def test_the_readme_shows_the_record(claim):
+    """A measurement that is in the record is shown in the README or in the notebook, with the record's figures."""
+    if claim in README:
+        assert claims.table_of(claims.read_record(RECORD), claim) in README
 
 
 def test_an_unknown_measurement_is_one_sentence(tmp_path):
