@@ -59,10 +59,10 @@ def best_answers(flow: Flow, study: evaluate.Study) -> str:
 def relevance(flow: Flow) -> list[dict]:
     """What PPO costs in relevance (the share of the identifier's words), and what wins it back."""
     study = flow.study()
-    variants = {"ptx 0": dict(ptx=0.0), "ptx 0.3": dict(ptx=0.3), "ptx 1": dict(ptx=1.0),
-                "beta 0.05": dict(beta=0.05), "beta 0.15": dict(beta=0.15)}
-    models = {name: checkpoint.load_model(flow.ppo(name.replace(" ", "_"), **settings))
-              for name, settings in variants.items()}
+    folders = {"ppo": flow.ppo(), "ptx 0": flow.ppo("ppo_no_ptx", ptx=0.0),
+               "ptx 1": flow.ppo("ppo_ptx_1", ptx=1.0), "beta 0.05": flow.ppo("ppo_beta_0.05", beta=0.05),
+               "beta 0.15": flow.ppo("ppo_beta_0.15", beta=0.15)}
+    models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
     return [{"row": name, **row} for name, row in rows.items()]
 
