@@ -77,6 +77,7 @@ def set_up(config: Config) -> common.Run:
 class Data:
     tokenizer: Tokenizer
     train: list                         # what the steps draw from
+    sizes: np.ndarray                   # tokens of each, <bos> included
     held_out: list                      # examples to evaluate on; no name occurs in both
     names: set                          # the names held out, here and in every later stage
 
@@ -95,13 +96,13 @@ def load_data(config: Config, run: common.Run) -> Data:
     chosen = [objective(piece, rng) for piece in chosen]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
-    return Data(tokenizer, sequences[0], chosen, names)
+    sizes = np.array([len(piece) + 1 for piece in sequences[0]])
+    return Data(tokenizer, sequences[0], sizes, chosen, names)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
     """What the step reads: pieces of text worth batch_size rows, each turned into a pair by the objective."""
-    sizes = np.array([len(piece) + 1 for piece in loaded.train])
-    chosen, rng = data.indices_of_step(sizes, config.batch_size * config.context, config.seed, step)
+    chosen, rng = data.indices_of_step(loaded.sizes, config.batch_size * config.context, config.seed, step)
     objective = data.objective_of(config.objective, loaded.tokenizer, config.context)
     return [objective(loaded.train[i], rng) for i in chosen]
 
