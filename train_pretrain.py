@@ -8,6 +8,7 @@
 """
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -77,9 +78,13 @@ def set_up(config: Config) -> common.Run:
 class Data:
     tokenizer: Tokenizer
     train: list                         # what the steps draw from
-    sizes: np.ndarray                   # tokens of each, <bos> included
     held_out: list                      # examples to evaluate on; no name occurs in both
     names: set                          # the names held out, here and in every later stage
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each sequence to draw from, <bos> included."""
+        return np.array([len(piece) + 1 for piece in self.train])
 
 
 def load_data(config: Config, run: common.Run) -> Data:
@@ -96,8 +101,7 @@ def load_data(config: Config, run: common.Run) -> Data:
     chosen = [objective(piece, rng) for piece in chosen]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
-    sizes = np.array([len(piece) + 1 for piece in sequences[0]])
-    return Data(tokenizer, sequences[0], sizes, chosen, names)
+    return Data(tokenizer, sequences[0], chosen, names)
 
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
