@@ -7,7 +7,6 @@ bit.
 """
 import dataclasses
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common import Run
+from common import Run, replacing
 from errors import UserError
 from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
@@ -32,16 +31,13 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
     """
     if run.rank:
         return
-    path = run.folder / f"checkpoint-{step:07d}.pt"
-    temporary = path.with_suffix(".tmp")
     state = {"step": step, "config": dataclasses.asdict(config),
              "model_config": dataclasses.asdict(model_config),
              **{name: part.state_dict() for name, part in parts.items()}}
-    with open(temporary, "wb") as file:
+    for half_written in run.folder.glob("checkpoint-*.tmp"):           # a run was killed in the middle of it
+        half_written.unlink()
+    with replacing(run.folder / f"checkpoint-{step:07d}.pt") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     for old in steps_of(run.folder)[:-config.keep]:
         (run.folder / f"checkpoint-{old:07d}.pt").unlink()
 

@@ -164,13 +164,27 @@ def learning_rate(step: int, config) -> float:
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """An interrupted program leaves the old file or the new one, never half of one."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A binary file to write, which takes the place of `path` when it is complete and on the disk: an
+    interrupted program leaves the old file or the new one, never half of one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    with replacing(path) as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

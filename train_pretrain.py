@@ -8,6 +8,7 @@
 """
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -80,6 +81,11 @@ class Data:
     held_out: list                      # examples to evaluate on; no name occurs in both
     names: set                          # the names held out, here and in every later stage
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each sequence to draw from, <bos> included."""
+        return np.array([len(piece) + 1 for piece in self.train])
+
 
 def load_data(config: Config, run: common.Run) -> Data:
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.text or r.response]
@@ -100,8 +106,7 @@ def load_data(config: Config, run: common.Run) -> Data:
 
 def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Example]:
     """What the step reads: pieces of text worth batch_size rows, each turned into a pair by the objective."""
-    sizes = np.array([len(piece) + 1 for piece in loaded.train])
-    chosen, rng = data.indices_of_step(sizes, config.batch_size * config.context, config.seed, step)
+    chosen, rng = data.indices_of_step(loaded.sizes, config.batch_size * config.context, config.seed, step)
     objective = data.objective_of(config.objective, loaded.tokenizer, config.context)
     return [objective(loaded.train[i], rng) for i in chosen]
 

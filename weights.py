@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -135,14 +134,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
                         "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with common.replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_folder(folder: Path) -> Tensors:

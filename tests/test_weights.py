@@ -243,6 +243,42 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert path.read_bytes() == before and torch.equal(tensors["F32"], EVERY_DTYPE["F32"])
 
 
+def save_checkpoint(path: Path, x: torch.Tensor) -> None:
+    run, module = common.Run(path.parent, torch.device("cpu"), torch.float32), torch.nn.Linear(1, 1)
+    module.weight.data.fill_(float(x.sum()))
+    checkpoint.save(run, int(path.stem.split("-")[1]), weights.Config("", "", ""), networks.ModelConfig(), model=module)
+
+
+WRITERS = {"x.safetensors": lambda path, x: weights.write_safetensors(path, {"x": x}, {}),
+           "x.json": lambda path, x: common.write_atomically(path, str(x.tolist()).encode()),
+           "checkpoint-0000003.pt": save_checkpoint}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_write_that_breaks_off_leaves_the_old_file(name, tmp_path, monkeypatch):
+    """A full disk, told at the last moment: the old content stays, and nothing else."""
+    def full(descriptor):
+        raise OSError("no space left on the device")
+    path, write = tmp_path / name, WRITERS[name]
+    write(path, torch.ones(3))
+    before, file_number = path.read_bytes(), path.stat().st_ino
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("os.fsync", full)
+        write(path, torch.zeros(3))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    write(path, torch.zeros(3))                          # another file takes its place; none is written over
+    assert path.read_bytes() != before and path.stat().st_ino != file_number
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    half, other = tmp_path / "checkpoint-0000003.pt.77.tmp", tmp_path / "notes.tmp"
+    half.touch()
+    other.touch()
+    save_checkpoint(tmp_path / "checkpoint-0000004.pt", torch.ones(3))
+    assert checkpoint.steps_of(tmp_path) == [4] and other.exists() and not half.exists()
+
+
 def test_tensors_at_odd_places_are_read(tmp_path):
     """One byte before a float32: nothing in the format forbids it."""
     header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
