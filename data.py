@@ -26,6 +26,8 @@ class Example(NamedTuple):
     blanks: tuple = ()                   # GLM: for each span of the target the index in source of its mask
     ranking: tuple = ()                  # of the targets, larger is better: a labeller's score, or 1 and 0
     human: bool = False                  # in a ranking: the first target was written by a person
+    origin: str = ""                     # of a comparison: the file or source that it came from
+    mistakes: tuple = ()                 # pairs (w, l) of targets that the labeller takes for l before w
 
 
 @dataclass
@@ -294,8 +296,8 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     Records whose prompt and longest answer do not fit behind <bos> in `context` tokens are dropped, and said.
     """
     columns = [tokenizer.encode_all([getattr(record, name) for record in records]) for name in names]
-    rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers])
-            for prompt, *answers in zip(*columns)]
+    rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers], origin=record.origin)
+            for record, prompt, *answers in zip(records, *columns)]
     kept = [row for row in rows if 1 + len(row.source) + max(map(len, row.targets), default=1) <= context]
     if len(kept) < len(rows):
         run.print(f"{len(rows) - len(kept):,} of {len(rows):,} {' + '.join(names)} have more than {context} "
@@ -329,10 +331,16 @@ def by_prompt(values_N: Tensor, batch: Batch) -> Tensor:
 
 
 def preferences(examples: list[Example], tie: float) -> Tensor:
-    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l; a gap below tie is no
-    preference.
+    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l.
+
+    A gap below tie is no preference: False both ways, so the pair counts in no loss and in no accuracy. A
+    labeller's mistakes are turned round.
     """
     K = max(len(example.ranking) for example in examples)
     ranking_PK = torch.tensor([list(example.ranking) + [float("nan")] * (K - len(example.ranking))
                                for example in examples])
-    return ranking_PK[:, :, None] - ranking_PK[:, None, :] >= tie          # comparisons with nan are False
+    preference_PKK = ranking_PK[:, :, None] - ranking_PK[:, None, :] >= tie   # comparisons with nan are False
+    for p, example in enumerate(examples):
+        for w, l in example.mistakes:
+            preference_PKK[p, w, l], preference_PKK[p, l, w] = False, True
+    return preference_PKK

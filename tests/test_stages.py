@@ -115,6 +115,44 @@ def test_resumed_equals_uninterrupted(flow, stage, tmp_path):
             assert torch.equal(tensor, resumed[part][name]), (part, name)
 
 
+@one_structure
+def test_label_noise_is_in_the_training_comparisons_alone(flow, monkeypatch, capsys, tmp_path):
+    """Sampled and given comparisons are turned round where the model learns, and nowhere where it is measured."""
+    _, stages, _ = flow
+    config, run = stages[2][1], common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    given = [{"prompt": f"Is it {i}?", "chosen": "Yes.", "rejected": "No, it is not."} for i in range(60)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    for path, pairs_each in ((config.data, 6), (str(tmp_path / "given.jsonl"), 1)):
+        clean, noisy = (train_rm.load_data(train_rm.Config(**{**vars(config), "data": path, "prompts": 40,
+                                                              "label_noise": share}), run) for share in (0.0, 0.4))
+        assert clean.held_out == noisy.held_out and not any(example.mistakes for example in clean.train)
+        assert [example._replace(mistakes=()) for example in noisy.train] == clean.train
+        assert 0.2 < sum(len(example.mistakes) for example in noisy.train) / (pairs_each * len(noisy.train)) < 0.6
+    for share in ("-0.1", "0.6", "nan"):
+        assert "label_noise" in fails(monkeypatch, capsys, train_rm, "--label_noise", share, "--data", config.data,
+                                      "--init", config.init, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@one_structure
+def test_every_source_of_comparisons_has_its_accuracy(flow, capsys, tmp_path):
+    """Two files of dialogues with two last replies: one reward model, and how well it orders each of them."""
+    _, stages, _ = flow
+    (tmp_path / "d").mkdir()
+    for name, replies in (("helpful", ("Yes.", "no no")), ("harmless", ("Please do not.", "yes"))):
+        rows = [{key: f"\n\nHuman: {name} {i}?\n\nAssistant: {reply}"
+                 for key, reply in zip(("chosen", "rejected"), replies)} for i in range(60)]
+        (tmp_path / "d" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = train_rm.Config(**{**vars(stages[2][1]), "data": str(tmp_path / "d"), "out": str(tmp_path / "rm"),
+                                "prompts": 100, "eval_size": 50})
+    last, printed = train_rm.main(config), capsys.readouterr().out
+    assert -1 <= last["length_correlation"] <= 1
+    n = {name: last[f"pairs_{name}"] for name in ("helpful", "harmless")}
+    mean = sum(n[name] * last[f"accuracy_{name}"] for name in n) / sum(n.values())
+    assert last["accuracy"] == pytest.approx(mean) and min(n.values()) > 0
+    assert all(f"{name}: accuracy {last[f'accuracy_{name}']:.3f} on {n[name]} held-out" in printed for name in n)
+
+
 def test_the_report_covers_all_rows(flow, package):
     """evaluate.py writes its three files, and each row has its figures."""
     runs, _, _ = flow
