@@ -14,6 +14,7 @@ import labeller
 import masks
 import model as networks
 import objectives
+import train_dpo
 import train_rm
 from conftest import STRUCTURES, random_tokens
 
@@ -158,9 +159,84 @@ def test_the_rewards_zero_is_the_human_answer(human, random_model, tokenizer, tm
     model = networks.ScalarModel(random_model("causal")).requires_grad_(False)
     examples = [example._replace(human=human) for example in ranked_examples(20)]
     run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    model.mean.fill_(0.3), model.std.fill_(2.0)                # as a run that goes on finds them
     before = [scores_of(model, example, tokenizer) for example in examples]
     train_rm.normalise(train_rm.Config(), run, SimpleNamespace(train=examples, tokenizer=tokenizer), model)
     after = [scores_of(model, example, tokenizer) for example in examples]
     zero = [scores[0] for scores in after] if human else sum(after, [])
     assert np.mean(zero) == pytest.approx(0, abs=1e-5) and np.std(sum(after, []), ddof=1) == pytest.approx(1)
     assert np.corrcoef(sum(before, []), sum(after, []))[0, 1] == pytest.approx(1) and abs(np.mean(before)) > 1e-3
+
+
+# ---- DPO: log-probabilities of whole answers ---------------------------------------------------------------
+
+@torch.no_grad()
+def logprob_alone(model, prompt: list[int], answer: list[int], tokenizer) -> float:
+    """log p(answer | prompt), the pair alone in its row, token by token in float64."""
+    batch = data.lay_out([data.Example(prompt, [answer])], model.config.structure, 1, tokenizer)
+    logits_NV = model(batch, masks.of_batch(model.config.structure, batch), batch.loss_mask)
+    assert len(logits_NV) == len(answer)
+    return sum(float(row.double().log_softmax(0)[token]) for row, token in zip(logits_NV, answer))
+
+
+def uneven_examples() -> list[data.Example]:
+    """Prompts of several lengths, the empty one too, with one to four answers, the first not the longest."""
+    sizes = [(3, (2, 5, 1)), (0, (1, 1)), (5, (4,)), (2, (1, 2, 3, 4)), (4, (3, 3))]
+    return [data.Example(random_tokens(n), [random_tokens(k) for k in answers],
+                         ranking=tuple((torch.randperm(len(answers)) * 0.2).tolist()), human=n > 2)
+            for n, answers in sizes]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_answers_of_a_shared_row_have_the_logprobs_they_have_alone(structure, random_model, tokenizer):
+    """Every token of every answer is counted once, its first one too, which all answers owe to the prompt."""
+    model, examples = random_model(structure, layers=2), uneven_examples()
+    batch = data.lay_out(examples, structure, 14, tokenizer)
+    logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
+    logprobs_PK = data.answer_logprobs(logits_NV, batch, examples)
+    assert logprobs_PK.shape == (5, 4)
+    for p, example in enumerate(examples):
+        expected = [logprob_alone(model, example.source, answer, tokenizer) for answer in example.targets]
+        assert logprobs_PK[p].tolist() == pytest.approx(expected + [0.0] * (4 - len(expected)), abs=2e-4)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("micro_batch_size", [0, 2])
+def test_a_step_of_dpo_equals_the_loop(structure, micro_batch_size, random_model, tokenizer, tmp_path):
+    """Rafailov et al. 2023, eq. 7, pair by pair; a mean over the pairs of each prompt, then over the prompts."""
+    policy, reference = random_model(structure).requires_grad_(True), random_model(structure)
+    examples = uneven_examples()
+    loaded = SimpleNamespace(train=examples, reference=reference, tokenizer=tokenizer)
+    config = train_dpo.Config(batch_size=5, micro_batch_size=micro_batch_size, row=14, beta=0.3, clip=0.0)
+    expected = 0.0
+    for example in examples:
+        ratio = [logprob_alone(policy, example.source, answer, tokenizer)
+                 - logprob_alone(reference, example.source, answer, tokenizer) for answer in example.targets]
+        losses = [np.log1p(np.exp(-0.3 * (ratio[w] - ratio[l])))
+                  for w, l in itertools.permutations(range(len(ratio)), 2)
+                  if example.ranking[w] - example.ranking[l] >= labeller.TIE]
+        expected += np.mean(losses) / 5 if losses else 0.0
+    run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    losses = [train_dpo.train_step(config, run, loaded, policy, optimizer, step)["train_loss"] for step in range(3)]
+    assert losses[0] == pytest.approx(expected, rel=1e-4) and losses[2] < losses[0]
+
+
+def test_dpo_begins_at_the_reference(random_model, tokenizer, tmp_path):
+    """Policy and reference alike: every log-ratio is exactly 0 and every pair costs ln 2."""
+    policy, examples = random_model("causal").requires_grad_(True), uneven_examples()[:1]
+    loaded = SimpleNamespace(train=examples, reference=policy, tokenizer=tokenizer)
+    run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    step = train_dpo.train_step(train_dpo.Config(batch_size=1), run, loaded, policy,
+                                torch.optim.SGD(policy.parameters(), lr=0.01), 0)
+    assert step["train_loss"] == pytest.approx(np.log(2), abs=1e-7) and step["gradient"] > 0
+
+
+def test_means_over_pairs_equal_the_loop():
+    """The better and the worse answer of every untied pair, ties left out; no pair, no margin."""
+    scored = [(data.Example([1], [[2], [3], [4]], ranking=(0.9, 0.5, 0.46)), [1.0, 3.0, 7.0]),
+              (data.Example([1], [[2], [3]], ranking=(0.0, 1.0)), [5.0, 6.0, 0.0])]
+    assert train_dpo.rewards_of_pairs(scored) == {"reward_better": (1 + 1 + 6) / 3, "reward_worse": 5.0,
+                                                  "margin": pytest.approx((1 + 1 + 6) / 3 - 5.0)}
+    tied = [(data.Example([1], [[2], [3]], ranking=(0.5, 0.5)), [5.0, 6.0])]
+    assert train_dpo.rewards_of_pairs(tied)["margin"] == 0
