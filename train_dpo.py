@@ -23,6 +23,7 @@ import data
 import masks
 import model as model_file
 import objectives
+from errors import UserError
 from generate import generate, generate_many
 from labeller import TIE, Labeller, agreement, collect_rankings, with_mistakes
 from tokenizer import Tokenizer
@@ -70,6 +71,8 @@ class Config:
 # ---- 2. set-up ---------------------------------------------------------------------------------------------
 
 def set_up(config: Config) -> common.Run:
+    if config.beta <= 0:
+        raise UserError(f"beta is {config.beta}; it must be above 0: it is what holds the policy back")
     return common.set_up(config)
 
 

@@ -240,3 +240,29 @@ def test_means_over_pairs_equal_the_loop():
                                                   "margin": pytest.approx((1 + 1 + 6) / 3 - 5.0)}
     tied = [(data.Example([1], [[2], [3]], ranking=(0.5, 0.5)), [5.0, 6.0])]
     assert train_dpo.rewards_of_pairs(tied)["margin"] == 0
+
+
+def test_the_evaluation_of_dpo_equals_the_loop(random_model, tokenizer, tmp_path, monkeypatch):
+    """eval_loss per token of the human answers, eval_kl per sampled answer, the means of both rewards."""
+    policy, reference, examples = random_model("prefix"), random_model("prefix"), uneven_examples()
+    answers = [random_tokens(1 + i) for i in range(len(examples))]
+    asked = []
+    monkeypatch.setattr(train_dpo, "generate_many", lambda *arguments: asked.append(arguments[5]) or answers)
+    judge = SimpleNamespace(gold=lambda prompt, answer: float(len(answer)))
+    loaded = SimpleNamespace(held_out=examples, reference=reference, tokenizer=tokenizer, labeller=judge)
+    run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    found = train_dpo.evaluate(train_dpo.Config(row=14, beta=0.3), run, loaded, policy)
+
+    def ratio(example, answer):
+        return (logprob_alone(policy, example.source, answer, tokenizer)
+                - logprob_alone(reference, example.source, answer, tokenizer))
+    human = [example for example in examples if example.human]
+    nats = -sum(logprob_alone(policy, example.source, example.targets[0], tokenizer) for example in human)
+    assert 0 < len(human) < len(examples) and asked == [0.0, 1.0]
+    assert found["eval_loss"] == pytest.approx(nats / sum(len(example.targets[0]) for example in human), rel=1e-4)
+    kl = np.mean([ratio(example, answer) for example, answer in zip(examples, answers)])
+    assert found["eval_kl"] == pytest.approx(kl, abs=2e-4)
+    assert found["eval_gold"] == np.mean([len(tokenizer.decode(answer)) for answer in answers])
+    scored = [(example, [0.3 * ratio(example, answer) for answer in example.targets]) for example in examples]
+    expected = {**labeller.agreement(scored), **train_dpo.rewards_of_pairs(scored)}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=2e-4)

@@ -381,6 +381,12 @@ def test_bad_flags_are_one_sentence(monkeypatch, capsys, tmp_path, package, flag
     assert not (tmp_path / "out").exists()
 
 
+def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
+    """At beta 0 every policy would do: refused before anything is read."""
+    assert "beta" in fails(monkeypatch, capsys, train_dpo, "--beta", "0", "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_absent_cuda_is_one_sentence(monkeypatch, capsys, tmp_path):
     assert "not present" in fails(monkeypatch, capsys, train_pretrain, "--device", "cuda",
