@@ -14,6 +14,7 @@ import checkpoint
 import common
 import corpus
 import evaluate
+import train_dpo
 import train_pretrain
 import train_ppo
 import train_rm
@@ -27,7 +28,8 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     study = flow.study()
     best = flow.sft("sft_on_best", init=flow.sft(), data=best_answers(flow, study),
                     **flow.steps(train_sft, 0.25), lr=1e-3)
-    folders = {"sft_on_best": best, "ppo": flow.ppo(), "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
+    folders = {"sft_on_best": best, "dpo": flow.train(train_dpo, "dpo", init=flow.sft()), "ppo": flow.ppo(),
+               "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rivals = rivals_of(study)
     rows = rows_of(study, rivals, {"sft": study.reference} | models)
