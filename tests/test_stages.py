@@ -181,7 +181,7 @@ def test_label_noise_is_in_the_training_comparisons_alone(flow, monkeypatch, cap
         assert 0.2 < sum(len(example.mistakes) for example in noisy.train) / (pairs_each * len(noisy.train)) < 0.6
     for share in ("-0.1", "0.6", "nan"):
         assert "label_noise" in fails(monkeypatch, capsys, train_rm, "--label_noise", share, "--data", config.data,
-                                      "--init", config.init, "--out", str(tmp_path / "out"))
+                                      "--init", config.init, "--out", str(tmp_path / "out"), "--dtype", "fp32")
     assert not (tmp_path / "out").exists()
 
 
