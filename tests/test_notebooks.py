@@ -59,8 +59,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
+    folder = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     NotebookClient(with_answers(path), timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
 
 
