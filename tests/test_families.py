@@ -535,6 +535,33 @@ def test_relative_bias_beyond_the_farthest_distance():
         assert of(*map(torch.tensor, (0, h, q, k))) == bias.weight[bucket, h]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name, bidirectional", [("t5-small", True), ("t5-small", False), ("baichuan-13b", False)])
+def test_fused_routes_add_the_bias_of_every_distance(name, bidirectional):
+    """FlexAttention, with block mask and bias, and SDPA, with both in one tensor, against written-out attention:
+    packed rows of several blocks, whose positions begin anew with every document.
+    """
+    config, (B, T) = small(name), (2, 150)
+    H, K = config.heads, config.head_width
+    document = torch.sort(torch.randint(0, 3, (B, T)), dim=1).values
+    first = torch.searchsorted(document, document)
+    positions, allowed = torch.arange(T) - first, masks.same_document(document, document)
+    allowed = allowed if bidirectional else allowed & masks.causal
+    part = positions_file.RelativeBias(config, bidirectional) if name == "t5-small" else positions_file.Alibi(config)
+    if name == "t5-small":
+        torch.nn.init.normal_(part.requires_grad_(False).weight)
+        bias = [[float(part.weight[t5_bucket(d, bidirectional), h]) for d in range(-T, T)] for h in range(H)]
+    else:
+        bias = [[-slope * abs(d) for d in range(-T, T)] for slope in alibi_slopes(H)]
+    bias_BHTT = torch.tensor(bias)[:, positions[:, None] - positions[:, :, None] + T].transpose(0, 1)
+    q, k, v = (torch.randn(B, H, T, K) for _ in range(3))
+    dense = masks.dense(allowed, B, T, T)
+    expected = networks.written_out_attention(q, k, v, dense, bias_BHTS=bias_BHTT)
+    for mask in (dense, masks.block_mask(allowed, B, T, T)):
+        biased = positions_file.with_bias(mask, part(positions, positions), B, H, T, T, "cpu")
+        torch.testing.assert_close(networks.attention(q, k, v, biased), expected, atol=3e-6, rtol=0)
+
+
 @pytest.mark.parametrize("H", [1, 2, 3, 5, 8, 12, 32, 40, 71, 96])
 def test_alibi_slopes(H):
     """Powers of two and others; Baichuan-13B has 40 heads."""
