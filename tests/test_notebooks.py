@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, hidden answers included, and teach with the repository's own functions."""
+"""The notebooks run from top to bottom, hidden answers included, and teach with our own functions."""
 import ast
 import json
 import re
