@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, hidden answers included, and teach with the repository's own functions."""
+"""The notebooks run from top to bottom, hidden answers included, and teach with our own functions."""
 import ast
 import json
 import re
@@ -53,7 +53,7 @@ def test_there_are_notebooks():
 
 @every_notebook
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
-    """With short loops, in a copy: nothing is written into the repository. Any exception of any cell fails."""
+    """With short loops, in a copy: nothing is written into the repository. Any exception fails."""
     monkeypatch.setenv("SHORT", "1")
     for variable in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
@@ -65,7 +65,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
 @every_notebook
 def test_saved_outputs_are_those_of_one_clean_run(path):
-    """Run once from top to bottom, without errors or warnings; small, and silent about the machine's folders."""
+    """Run from top to bottom, without errors or warnings; small, without names of folders."""
     assert path.stat().st_size < 1e6
     code = cells(path, "code")
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
@@ -85,7 +85,8 @@ def test_uses_the_files_and_redefines_nothing(path):
     files = {file.stem: ast.parse(file.read_text()) for file in ROOT.glob("*.py")}
     definitions = (ast.FunctionDef, ast.ClassDef)
     ours = {node.name for tree in files.values() for node in tree.body if isinstance(node, definitions)}
-    hidden = [text for cell in cells(path, "markdown") for pair in hidden_answers(cell.source) for text in pair]
+    lectures = "".join(cell.source for cell in cells(path, "markdown"))
+    hidden = [part for pair in hidden_answers(lectures) for part in pair]
     imported, defined = set(), set()
     for source in [cell.source for cell in cells(path, "code")] + hidden:
         for node in ast.walk(ast.parse(source)):
