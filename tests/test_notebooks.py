@@ -60,6 +60,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     folder = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copytree(ROOT / "records", tmp_path / "records")
     NotebookClient(with_answers(path), timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
 
 
