@@ -145,8 +145,9 @@ def check(config) -> None:
     for name in ("steps", "batch_size", "context"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every", "save_every"):
-        if getattr(config, name) < 0:
+    for name in ("micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every", "save_every",
+                 "source_weight"):
+        if getattr(config, name, 0) < 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must not be negative")
     if config.keep < 1:
         raise UserError(f"keep is {config.keep}; at least 1 checkpoint must be kept")

@@ -38,7 +38,7 @@ class Config:
     row: int = 128                      # tokens of a packed row, about: several sequences share one
     lr: float = 3e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
-    source_weight: float = 1.0          # of the loss on source tokens (causal decoder alone); targets: 1
+    source_weight: float = 1.0          # loss on source tokens: 0 targets alone, 1 all tokens (causal only)
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 300               # steps between evaluations, 0: only at the end

@@ -12,7 +12,7 @@ import corpus
 import data
 import labeller
 import tokenizer as tokenizer_file
-from conftest import random_examples
+from conftest import STRUCTURES, random_examples
 from errors import UserError
 
 TEXTS = ["The cat sat on the mat, and the cat's hat sat on the cat.", "def merge_rows(rows):\n    return sum(rows)\n\n\n",
@@ -241,14 +241,18 @@ def test_rows_are_about_as_long_as_asked_for():
         assert max(sum(sizes[i][0] for i in row) for row in rows) <= 60 * 4 / 3 + 30
 
 
-def test_source_weights_count_source_tokens_of_the_causal_decoder_alone(tokenizer):
-    """Every source token that follows another one has the weight; targets have 1; prefix and encdec ignore
-    it.
+@pytest.mark.parametrize("source_weight", [0.0, 0.5, 1.0])
+def test_source_weights_count_source_tokens_of_the_causal_decoder_alone(source_weight, tokenizer):
+    """Every source token that follows another one has the weight: at 0 the targets count alone, at 1 all that is
+    predicted alike. prefix and encdec have no source token to predict.
     """
     examples = random_examples([(3, [2]), (0, [4])])
-    for structure, expected in (("causal", 6 + 3 * 0.5), ("prefix", 6), ("encdec", 6)):
+    for structure in STRUCTURES:
         batch = data.lay_out(examples, structure, 64, tokenizer)
-        assert float(data.loss_weights(batch, structure, 0.5).sum()) == expected
+        weights = data.loss_weights(batch, structure, source_weight)
+        assert float(weights.sum()) == 6 + 3 * source_weight * (structure == "causal")
+        assert torch.equal(weights == 1, batch.loss_mask) or (structure, source_weight) == ("causal", 1.0)
+        assert not weights[batch.document < 0].any()
 
 
 def test_an_epoch_reads_everything_once_in_an_order_of_its_own():

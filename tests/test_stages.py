@@ -273,47 +273,44 @@ def test_speed_is_measured_for_every_structure(capsys):
 
 # ---- ranks -------------------------------------------------------------------------------------------------
 
+def greedy(model, prompts, tokenizer, max_new, *arguments, **options):
+    """Instead of sampling: the same answers on any number of ranks."""
+    return generate.generate(model, prompts, tokenizer, max_new, temperature=0.0)
+
+
 DRIVER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import common, test_stages, train_ppo
 from pathlib import Path
 common.CACHE = Path({cache!r})
-sampled = train_ppo.generate
-def greedy(model, prompts, tokenizer, max_new, *arguments, **options):
-    return sampled(model, prompts, tokenizer, max_new, temperature=0.0)
-train_ppo.generate = greedy                     # the same answers on any number of ranks
+train_ppo.generate = test_stages.greedy
 for main, config in test_stages.stage_configs("causal", Path({package!r}), Path({runs!r})):
     main(config)
 import torch.distributed as dist
-if dist.is_initialized():
-    dist.destroy_process_group()
+dist.destroy_process_group()
 """
 
 
-def run_ranks(n: int, package: Path, folder: Path) -> dict[str, list[dict]]:
-    """All stages on n ranks; the logs by stage."""
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(folder / "cache"),
-                                    package=str(package), runs=str(folder / "runs")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-               str(driver)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                   timeout=240)
-    return {stage: [json.loads(line)
-                    for line in (folder / "runs" / stage / "metrics.jsonl").read_text().splitlines()]
-            for stage in ("pretrain", "sft", "rm", "ppo", "dpo")}
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is tested on Linux and macOS")
-def test_two_ranks_equal_one(package, tmp_path):
-    """With the same global batch two ranks log the same losses, gradients and samples' figures as one process."""
-    logs = {}
-    for n in (1, 2):
-        (tmp_path / str(n)).mkdir()
-        logs[n] = run_ranks(n, package, tmp_path / str(n))
-    for stage, rows in logs[1].items():
-        for one, two in zip(rows, logs[2][stage], strict=True):
+@one_structure
+def test_two_ranks_equal_one(flow, package, tmp_path, monkeypatch):
+    """With the same global batch two ranks log the same losses, gradients and PPO figures as one process."""
+    runs, stages, _ = flow
+    monkeypatch.setattr(train_ppo, "generate", greedy)
+    main, config = stages[3]
+    main(type(config)(**{**vars(config), "out": str(tmp_path / "one" / "ppo")}))
+    (tmp_path / "driver.py").write_text(DRIVER.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path / "cache"), package=str(package),
+        runs=str(tmp_path / "two")))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    str(tmp_path / "driver.py")], check=True, capture_output=True, timeout=240,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        alone = tmp_path / "one" if stage == "ppo" else runs
+        ones, twos = ([json.loads(line) for line in (where / stage / "metrics.jsonl").read_text().splitlines()]
+                      for where in (alone, tmp_path / "two"))
+        for one, two in zip(ones, twos, strict=True):
             for name in set(one) - {"seconds", "padding", "explained_variance"}:
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
 
@@ -358,8 +355,8 @@ def test_a_script_starts_its_own_ranks(package, tmp_path):
 
 def fails(monkeypatch, capsys, module, *flags: str) -> str:
     """Run a script with these flags; it must exit with 2 and one sentence on stderr, which is returned."""
-    ranks = ("--ranks", "1") if hasattr(module.Config, "ranks") else ()
-    monkeypatch.setattr(sys, "argv", ["script.py", *flags, *ranks])
+    measured = ("--ranks", "1", "--dtype", "fp32") if hasattr(module.Config, "ranks") else ()    # said, not timed
+    monkeypatch.setattr(sys, "argv", ["script.py", *measured, *flags])
     with pytest.raises(SystemExit) as exit_info:
         command_line.run(module.main, module.Config, module.__doc__)
     error = capsys.readouterr().err
@@ -399,6 +396,7 @@ def test_bad_files_are_one_sentence(monkeypatch, capsys, tmp_path, flow, content
     (("--objective", "guess"), "guess"),
     (("--vocab", "100"), "vocab 100"),
     (("--steps", "0"), "steps"),
+    (("--source_weight", "-1"), "source_weight"),
     (("--steps", "many"), "many"),
     (("--batch_size", "100000"), "lower"),
     (("--resume", "must"), "resume"),
