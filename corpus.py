@@ -42,6 +42,7 @@ class Record:
     response: str | None = None         # a human answer
     chosen: str | None = None
     rejected: str | None = None
+    origin: str = ""                    # the file that it came from, or what the file calls its source
 
 
 def identifier_words(identifier: str) -> list[str]:
@@ -196,11 +197,26 @@ TURN = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\n"}
 
 
 def load_records(path: str, tiny: bool = False) -> list[Record]:
-    """The records of a file or folder; of the default corpus where no path is given. Faults name file and
-    line.
+    """The records of a file or folder, or of several with commas between; of the default corpus where no path
+    is given. Faults name file and line.
+
+    A folder means the .jsonl files in it, or, where it has none, its Python sources.
     """
     if not path:
         return scan(corpus_files(tiny))
+    names = [path] if Path(path).exists() else [name.strip() for name in path.split(",") if name.strip()]
+    places = [place for name in names for place in sorted(Path(name).glob("*.jsonl")) or [name]]
+    stems, records = [Path(place).stem for place in places], []
+    for place, stem in zip(places, stems):
+        unique = stem if stems.count(stem) == 1 else f"{Path(place).parent.name}/{stem}"
+        for record in load_place(str(place)):
+            record.origin = record.origin or unique
+            records.append(record)
+    return records
+
+
+def load_place(path: str) -> list[Record]:
+    """The records of one file, or of the Python sources in a folder."""
     place = Path(path)
     if not place.exists():
         raise UserError(f"--data {path}: there is no such file")
@@ -249,7 +265,8 @@ def read_jsonl(path: str, content: str) -> list[Record]:
                             + "; ".join(ACCEPTED))
         for fields in found:
             name = function_name(fields.get("prompt", "")) or fields.get("prompt") or fields["text"]
-            records.append(Record(name, **fields))
+            origin = row["source"] if isinstance(row.get("source"), str) else ""
+            records.append(Record(name, **fields, origin=origin))
     return records
 
 

@@ -26,6 +26,8 @@ class Example(NamedTuple):
     blanks: tuple = ()                   # GLM: for each span of the target the index in source of its mask
     ranking: tuple = ()                  # of the targets, larger is better: a labeller's score, or 1 and 0
     human: bool = False                  # in a ranking: the first target was written by a person
+    origin: str = ""                     # of a comparison: the file or source that it came from
+    mistakes: tuple = ()                 # pairs (w, l) of targets that the labeller takes for l before w
 
 
 @dataclass
@@ -184,13 +186,14 @@ def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:
     return f"{decode(read.tolist())}{between}[[{decode(batch.targets[batch.loss_mask].tolist())}]]"
 
 
-def show_ranking(example: Example, tokenizer: Tokenizer) -> str:
-    """A prompt and its answers, the best first; between [[ ]] the token at which each is scored."""
+def show_ranking(example: Example, tokenizer: Tokenizer, start: int = -1) -> str:
+    """A prompt and its answers, the best first; between [[ ]] the tokens from `start` on, where each is
+    scored: the last one, or with 0 all of them.
+    """
     decode = tokenizer.encoding.decode
-    order = sorted(range(len(example.targets)), key=lambda k: -example.ranking[k])
+    best_first = sorted(zip(example.ranking, example.targets), key=lambda answer: -answer[0])
     return "\n".join([tokenizer.decode(example.source)] + [
-        f"{example.ranking[k]:.2f}  {decode(example.targets[k][:-1])}[[{decode(example.targets[k][-1:])}]]"
-        for k in order])
+        f"{rank:.2f}  {decode(target[:start])}[[{decode(target[start:])}]]" for rank, target in best_first])
 
 
 # ---- which examples a step reads: a pure function of (seed, step), so that resuming needs no state ---------
@@ -294,8 +297,8 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     Records whose prompt and longest answer do not fit behind <bos> in `context` tokens are dropped, and said.
     """
     columns = [tokenizer.encode_all([getattr(record, name) for record in records]) for name in names]
-    rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers])
-            for prompt, *answers in zip(*columns)]
+    rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers], origin=record.origin)
+            for record, prompt, *answers in zip(records, *columns)]
     kept = [row for row in rows if 1 + len(row.source) + max(map(len, row.targets), default=1) <= context]
     if len(kept) < len(rows):
         run.print(f"{len(rows) - len(kept):,} of {len(rows):,} {' + '.join(names)} have more than {context} "
@@ -328,11 +331,38 @@ def by_prompt(values_N: Tensor, batch: Batch) -> Tensor:
     return empty.index_put((prompt_N, answer_N), values_N)
 
 
+def answer_logprobs(logits_NV: Tensor, batch: Batch, examples: list[Example]) -> Tensor:
+    """log p(answer | prompt) (P, K) of all answers, sums over their tokens, from the logits at
+    batch.loss_mask. 0 where a prompt has fewer than K answers.
+    """
+    document_N, part_N = batch.document[batch.loss_mask], batch.part[batch.loss_mask]
+    logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
+    empty_PK = logprobs_N.new_zeros(len(examples), max(len(example.targets) for example in examples))
+    sums_PK = empty_PK.index_put((document_N, (part_N - 1).clamp(min=0)), logprobs_N, accumulate=True)
+    if batch.source is not None:
+        return sums_PK
+    # subtle: in a decoder the prompt's last token (part 0) predicts the first token of every answer, but
+    # batch.targets has room for that of the first answer alone; those of the others are looked up here
+    others = [(p, k, target[0]) for p, example in enumerate(examples)
+              for k, target in enumerate(example.targets) if k > 0]
+    p_M, k_M, token_M = torch.tensor(others, device=document_N.device).reshape(-1, 3).long().T
+    row_P = torch.empty(len(examples), dtype=torch.long, device=document_N.device)
+    row_P[document_N[part_N == 0]] = (part_N == 0).nonzero().squeeze(1)
+    firsts_M = objectives.token_logprobs(logits_NV[row_P[p_M]], token_M)
+    return sums_PK.index_put((p_M, k_M), firsts_M, accumulate=True)
+
+
 def preferences(examples: list[Example], tie: float) -> Tensor:
-    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l; a gap below tie is no
-    preference.
+    """(P, K, K) bool: [p, w, l] is True where answer w of prompt p ranks before l.
+
+    A gap below tie is no preference: False both ways, so the pair counts in no loss and in no accuracy. A
+    labeller's mistakes are turned round.
     """
     K = max(len(example.ranking) for example in examples)
     ranking_PK = torch.tensor([list(example.ranking) + [float("nan")] * (K - len(example.ranking))
                                for example in examples])
-    return ranking_PK[:, :, None] - ranking_PK[:, None, :] >= tie          # comparisons with nan are False
+    preference_PKK = ranking_PK[:, :, None] - ranking_PK[:, None, :] >= tie   # comparisons with nan are False
+    for p, example in enumerate(examples):
+        for w, l in example.mistakes:
+            preference_PKK[p, w, l], preference_PKK[p, l, w] = False, True
+    return preference_PKK

@@ -10,14 +10,18 @@ import hashlib
 import re
 from collections import Counter
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 import common
 import data
+import objectives
 from corpus import Record, function_name, identifier_words
 from errors import UserError
 from generate import generate_many
 
 WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
-TIE = 0.08                    # a smaller gap between two gold scores is no preference
+TIE = 0.08                    # a smaller gap between two gold scores is no preference: nothing learns from it
 
 VERBS = set("""
 abort accept access accumulate acquire activate adapt add adjust advance align allocate allow analyze
@@ -160,6 +164,8 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft,
     """
     if not 2 <= config.answers <= 9:
         raise UserError(f"answers is {config.answers}; it must be 2 to 9")
+    if not 0 <= config.label_noise <= 0.5:
+        raise UserError(f"label_noise is {config.label_noise}; it must be 0 to 0.5, where no order is left")
     given = data.token_rows(run, tokenizer, [r for r in records if r.chosen],
                             ("prompt", "chosen", "rejected"), config.context)
     ranked = [row._replace(ranking=(1.0, 0.0)) for row in given]
@@ -168,8 +174,52 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft,
     n = config.answers - 1
     prompts = [pair.source for pair in pairs for _ in range(n)]
     samples = generate_many(run, sft, prompts, tokenizer, config.max_new, config.temperature, config.seed)
-    for i, (prompt, human, *_) in enumerate(pairs):
-        answers = human + samples[i * n:(i + 1) * n]
+    for i, pair in enumerate(pairs):
+        prompt, answers = pair.source, pair.targets + samples[i * n:(i + 1) * n]
         ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])
-        ranked.append(data.Example(prompt, answers, ranking=tuple(ranking), human=True))
+        ranked.append(pair._replace(targets=answers, ranking=tuple(ranking), human=True))
     return ranked
+
+
+def with_mistakes(examples: list[data.Example], label_noise: float, seed: int) -> list[data.Example]:
+    """The same comparisons by a labeller who gets each the wrong way round with probability label_noise.
+
+    Two people who both err in a share e of pairs agree in (1 - e)^2 + e^2 of them. Labellers were found to
+    agree in 73 to 77 % (Stiennon et al. 2020, section 3.3; Ouyang et al. 2022, section 3.4): e is 0.13 to
+    0.16. A tie has no order to be wrong about. The draw is a hash of the seed and of the pair itself, so it
+    is the same in whatever order, step or process the pair is read.
+    """
+    def draw(example: data.Example, w: int, l: int) -> float:
+        content = repr((seed, example.source, sorted((example.targets[w], example.targets[l]))))
+        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2 ** 64
+
+    def mistakes(example: data.Example) -> tuple:
+        pairs = data.preferences([example], TIE)[0].nonzero().tolist()
+        return tuple((w, l) for w, l in pairs if draw(example, w, l) < label_noise)
+    return [example._replace(mistakes=mistakes(example)) for example in examples] if label_noise else examples
+
+
+def agreement(scored: list[tuple[data.Example, list[float]]]) -> dict[str, float]:
+    """How scores of answers agree with their ranking. scored: prompts with their answers, and the scores.
+
+    accuracy: share of pairs in the ranking's order, ties left out; sample against sample, human against
+    sample; and, where the data has several sources, of each with its number of pairs. length_correlation:
+    Pearson's, of the score and the tokens of an answer; reward models are known to like length (Singhal et
+    al. 2023).
+    """
+    examples, scores = [list(column) for column in zip(*scored)]
+    scores = [torch.tensor(row[:len(example.targets)]) for example, row in zip(examples, scores)]
+    compared = (pad_sequence(scores, batch_first=True), data.preferences(examples, TIE),
+                torch.tensor([example.human for example in examples]))
+    counts = dict(zip(("accuracy", "accuracy_sample_sample", "accuracy_human_sample"),
+                      objectives.pairwise_accuracy(*compared).tolist()))
+    origins = sorted({example.origin for example in examples})
+    origins = origins if len(origins) > 1 else []
+    for origin in origins:
+        here_P = torch.tensor([example.origin == origin for example in examples])
+        of_origin = objectives.pairwise_accuracy(*(x[here_P] for x in compared))
+        counts[f"accuracy_{origin}"] = of_origin[0].tolist()
+    lengths_N = torch.tensor([float(len(target)) for example in examples for target in example.targets])
+    return {**{name: right / n for name, (right, n) in counts.items() if n},
+            **{f"pairs_{origin}": counts[f"accuracy_{origin}"][1] for origin in origins},
+            "length_correlation": float(objectives.correlation(torch.cat(scores), lengths_N))}

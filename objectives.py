@@ -341,6 +341,13 @@ def pairwise_accuracy(scores_PK: Tensor, preference_PKK: Tensor, human_P: Tensor
                         for kind in kinds])
 
 
+def correlation(x_N: Tensor, y_N: Tensor) -> Tensor:
+    """Pearson's r = cov(x, y) / (std x std y), -1 to 1; 0 where one of the two does not vary."""
+    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
+    scale = (x_N ** 2).sum().sqrt() * (y_N ** 2).sum().sqrt()
+    return torch.where(scale > 0, (x_N * y_N).sum() / scale, 0.0)
+
+
 # ---- PPO (Schulman et al. 2017) on token sequences ---------------------------------------------------------
 # An action is a response token. Position t of a packed row holds the state before the action (the tokens up
 # to t); the action is targets[t]; mask_BT is True at the positions of actions. Padding is never looked at.

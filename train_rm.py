@@ -1,11 +1,13 @@
 """Reward model: learn from rankings which of two answers people prefer.
 
     data              K = 4 ... 9 answers to each prompt, the human one and samples of the SFT model, ranked
-                      by the simulated labeller (or --data with prompt + chosen + rejected)
+                      by the simulated labeller (or --data with prompt + chosen + rejected; of several files
+                      a.jsonl,b.jsonl or of records with a key "source" the accuracy is told one by one)
     initial weights   the SFT model, its unembedding replaced by one vector: a scalar per token
     mask              the structure's: causal, prefix or encdec; never across documents
                       and answers to one prompt share its row without seeing each other
-    objective         log sigmoid(r_better - r_worse) over all pairs of a prompt (Ouyang et al. 2022, eq. 1)
+    objective         log sigmoid(r_better - r_worse) over all pairs of a prompt (Ouyang et al. 2022, eq. 1);
+                      a gap in the ranking below labeller.TIE is no pair
     what is trained   everything, to score an answer at its last token; then human answers average 0
 """
 import math
@@ -22,7 +24,7 @@ import data
 import masks
 import model as model_file
 import objectives
-from labeller import TIE, Labeller, collect_rankings
+from labeller import TIE, Labeller, agreement, collect_rankings, with_mistakes
 from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
@@ -37,6 +39,7 @@ class Config:
     answers: int = 5                    # answers to each, the human one among them: the paper's K
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
+    label_noise: float = 0.0            # share of training comparisons in the wrong order; people: 0.13-0.16
     steps: int = 600                    # optimizer steps
     batch_size: int = 16                # sequences a step, all ranks together; here prompts with all answers
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
@@ -89,9 +92,12 @@ def load_data(config: Config, run: common.Run) -> Data:
     held_out = [held_out[i] for i in rng.permutation(len(held_out))[:config.eval_size]]
     sequences = [collect_rankings(config, run, tokenizer, part, sft, labeller)
                  for part in (train, held_out)]
+    sequences[0] = with_mistakes(sequences[0], config.label_noise, config.seed)
     data.require(sequences, config.batch_size, config,
                  wanted="comparisons (.jsonl with prompt + chosen + rejected) or pairs to sample from")
-    run.print(f"{int(data.preferences(sequences[0], TIE).sum()):,} comparisons without ties")
+    wrong = sum(len(example.mistakes) for example in sequences[0])
+    run.print(f"{int(data.preferences(sequences[0], TIE).sum()):,} comparisons without ties"
+              + f", {wrong:,} of them in the wrong order" * bool(config.label_noise))
     chosen = sequences[1]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
@@ -128,8 +134,8 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 
 @torch.no_grad()
 def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, float]:
-    """Share of held-out pairs in the labeller's order: all, sample against sample, human against sample."""
-    right, counted = torch.zeros(3), torch.zeros(3)
+    """How far the scores of held-out answers agree with the labeller, and how far they go with length."""
+    scored = []
     structure = model.config.structure
     for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
         examples = run.mine(loaded.held_out[start:start + 64])
@@ -138,17 +144,16 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)
-        human_P = torch.tensor([example.human for example in examples])
-        found = objectives.pairwise_accuracy(scores_PK.cpu(), data.preferences(examples, TIE), human_P)
-        right, counted = right + found[:, 0], counted + found[:, 1]
-    right, counted = run.sum(right).tolist(), run.sum(counted).tolist()
-    names = ("accuracy", "accuracy_sample_sample", "accuracy_human_sample")
-    return {name: a / b for name, a, b in zip(names, right, counted) if b}
+        scored += zip(examples, scores_PK.tolist())
+    return agreement(sum(run.gather({run.rank: scored}).values(), []))
 
 
 @torch.no_grad()
 def normalise(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """Human answers average 0 (Stiennon et al. 2020, appendix B.1), all answers spread by 1."""
+    """Human answers average 0 (Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, section 3.5), all
+    answers spread by 1. The loss leaves the shift open; one spread gives PPO's beta one meaning. Where no
+    answer is known to be a person's, as in a file of chosen and rejected ones, all answers average 0.
+    """
     structure, human, scores = model.config.structure, [], []
     for example in loaded.train[:500]:
         batch = data.lay_out([example], structure, config.row, loaded.tokenizer).to(run.device)
@@ -200,6 +205,14 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
                        for example, answer in zip(examples, answers)])
 
 
+def print_sources(run: common.Run, last: dict[str, float]) -> None:
+    """The accuracy on each source of the data, where there are several; of few pairs it says little."""
+    for name, n in last.items():
+        if name.startswith("pairs_") and n:
+            origin = name.removeprefix("pairs_")
+            run.print(f"{origin}: accuracy {last[f'accuracy_{origin}']:.3f} on {n:,} held-out pairs")
+
+
 # ---- 9. save -----------------------------------------------------------------------------------------------
 
 def main(config: Config) -> dict[str, float]:
@@ -231,6 +244,7 @@ def main(config: Config) -> dict[str, float]:
 
     log.curves()
     write_samples(config, run, loaded, model)
+    print_sources(run, log.last)
     run.finish("python train_ppo.py", config.tiny)
     return log.last
 

@@ -1,4 +1,4 @@
-"""Claims about the four stages, each a measurement that anybody can repeat.
+"""Claims about the structures and the four stages, each a measurement that anybody can repeat.
 
     python notebooks/claims.py                        what there is
     python notebooks/claims.py --only hackable        one of them (or several: a,b) over three seeds
@@ -6,11 +6,9 @@
 
 A measurement trains what it needs (runs/claims/<seed>/..., shared by all, finished runs are not repeated),
 measures on held-out functions, and gives rows of figures: a JSON line each in records/claims.jsonl, which the
-README and the notebooks read. Two runs at a time on two cores, a thread each.
+README and the notebooks read. Two runs at a time on two cores, a thread each. The measurements themselves are
+the functions of claims_text.py and claims_rl.py.
 """
-import contextlib
-import dataclasses
-import fcntl
 import json
 import math
 import multiprocessing
@@ -24,20 +22,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import checkpoint                               # noqa: E402  (the line above makes these importable)
+import claims_rl                                # noqa: E402  (the line above makes these importable)
+import claims_text                              # noqa: E402
 import command_line                             # noqa: E402
 import common                                   # noqa: E402
 import corpus                                   # noqa: E402
-import data                                     # noqa: E402
-import evaluate                                 # noqa: E402
 import hardware                                 # noqa: E402
-import train_pretrain                           # noqa: E402
-import train_ppo                                # noqa: E402
-import train_rm                                 # noqa: E402
-import train_sft                                # noqa: E402
-from errors import Fault, UserError             # noqa: E402
+from errors import UserError                    # noqa: E402
+from flow import Flow                           # noqa: E402
+
+MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
+QUALITY = ("gold", "gold_greedy", "about_greedy", "f1_greedy", "kl", "loss", "length")
+COLUMNS = {                             # of the tables; of measurements that are not named here: all figures
+    "rl_against_sft": QUALITY, "relevance": QUALITY,
+    "reward_model_accuracy": ("accuracy", "accuracy_sample_sample", "accuracy_human_sample", "gold",
+                              "gold_greedy", "about_greedy", "kl"),
+    "stability": ("gold_before", "gold", "reward", "kl", "entropy", "length", "ended", "warned_at")}
 
 
 @dataclass
@@ -54,326 +56,6 @@ class Config:
 
     TINY = dict(seeds=1, out="runs/tiny/claims", record="runs/tiny/claims.jsonl", prompts=20, best_of=4)
 
-
-# ---- the runs that the measurements share ------------------------------------------------------------------
-
-@dataclass
-class Flow:
-    """The runs of one seed. Each method trains what is missing and returns the folder."""
-    config: Config
-    seed: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.out) / str(self.seed)
-
-    def train(self, stage, name: str, **settings) -> str:
-        """stage.main with these settings, its output in <name>.txt. One process at a time may train a run."""
-        out = self.folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shared = dict(data=self.config.data, seed=self.seed, tiny=self.config.tiny, dtype="fp32",
-                      device="cpu", out=str(out))
-        with open(self.folder / f"{name}.txt", "a") as file, contextlib.redirect_stdout(file):
-            fcntl.flock(file, fcntl.LOCK_EX)
-            stage.main(stage.Config(**shared | settings))
-        return str(out)
-
-    def pretrain(self) -> str:
-        return self.train(train_pretrain, "pretrain")
-
-    def sft(self, name: str = "sft", **settings) -> str:
-        return self.train(train_sft, name, **dict(init=self.pretrain()) | settings)
-
-    def rm(self, name: str = "rm", **settings) -> str:
-        return self.train(train_rm, name, init=self.sft(), **settings)
-
-    def ppo(self, name: str = "ppo", **settings) -> str:
-        settings = dict(reward=settings.get("reward") or self.rm()) | settings
-        return self.train(train_ppo, name, init=self.sft(), **settings)
-
-    def steps(self, stage, share: float) -> dict[str, int]:
-        """This share of the stage's steps, with a warm-up as long as it allows."""
-        steps = stage.Config.TINY["steps"] if self.config.tiny else stage.Config.steps
-        return dict(steps=max(2, round(share * steps)), warmup=max(1, round(share * steps / 6)))
-
-    def study(self) -> evaluate.Study:
-        """Held-out prompts, the human answers, the labeller, SFT as reference, the reward model."""
-        self.ppo()
-        return evaluate.load_study(evaluate.Config(
-            runs=str(self.folder), data=self.config.data, prompts=self.config.prompts,
-            best_of=self.config.best_of, max_new=16 if self.config.tiny else 40, device="cpu",
-            tiny=self.config.tiny))[0]
-
-
-def rivals_of(study: evaluate.Study) -> dict[str, np.ndarray]:
-    """The gold scores that win rates are counted against."""
-    return {"human": evaluate.golds_of(study, study.human),
-            "sft": evaluate.golds_of(study, evaluate.answers_of(study, study.reference, 1.0))}
-
-
-def rows_of(study: evaluate.Study, rivals: dict, models: dict[str, torch.nn.Module]) -> dict[str, dict]:
-    """Name -> the report's figures of its answers at temperature 1 and greedy."""
-    return {name: evaluate.row_of(study, evaluate.answers_of(study, model, 1.0),
-                                  evaluate.answers_of(study, model, 0.0), model, rivals)
-            for name, model in models.items()}
-
-
-def metrics_of(folder: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-# ---- PPO against its rivals --------------------------------------------------------------------------------
-
-def rl_against_sft(flow: Flow) -> list[dict]:
-    """RL beats SFT at equal parameters: gold score of PPO, SFT, and SFT's honest rivals."""
-    study = flow.study()
-    best = flow.sft("sft_on_best", init=flow.sft(), data=best_answers(flow, study),
-                    **flow.steps(train_sft, 0.25), lr=1e-3)
-    folders = {"sft_on_best": best, "ppo": flow.ppo(), "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
-    models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
-    rivals = rivals_of(study)
-    rows = rows_of(study, rivals, {"sft": study.reference} | models)
-    cooled = {t: evaluate.answers_of(study, study.reference, t) for t in (0.2, 0.35, 0.5, 0.7)}
-    temperature = max(cooled, key=lambda t: evaluate.golds_of(study, cooled[t]).mean())
-    for name, answers in (("sft_cool", cooled[temperature]), ("best_of_n", evaluate.best_of_n(study)),
-                          ("human", study.human)):
-        rows[name] = evaluate.row_of(study, answers, None, None, rivals)
-    rows["sft_cool"]["temperature"] = temperature
-    rows["best_of_n"]["kl"] = round(math.log(study.config.best_of) - 1 + 1 / study.config.best_of, 4)
-    return [{"row": name, **row} for name, row in rows.items()]
-
-
-def best_answers(flow: Flow, study: evaluate.Study) -> str:
-    """A .jsonl with the best of n samples to each training prompt, as the reward model sees it."""
-    path = flow.folder / "best_of_n.jsonl"
-    if not path.exists():
-        records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
-        rng = np.random.default_rng(flow.seed)
-        chosen = [records[i] for i in rng.permutation(len(records))[:4000]]
-        prompts = study.tokenizer.encode_all([record.prompt for record in chosen])
-        answers = evaluate.best_of_n(dataclasses.replace(study, prompts=prompts))
-        texts = [study.tokenizer.decode(answer) for answer in answers]
-        lines = [json.dumps({"prompt": r.prompt, "response": text}) for r, text in zip(chosen, texts) if text]
-        common.write_atomically(path, "\n".join(lines).encode())
-    return str(path)
-
-
-def relevance(flow: Flow) -> list[dict]:
-    """What PPO costs in relevance (the share of the identifier's words), and what wins it back."""
-    study = flow.study()
-    variants = {"ptx 0": dict(ptx=0.0), "ptx 0.3": dict(ptx=0.3), "ptx 1": dict(ptx=1.0),
-                "beta 0.05": dict(beta=0.05), "beta 0.15": dict(beta=0.15)}
-    models = {name: checkpoint.load_model(flow.ppo(name.replace(" ", "_"), **settings))
-              for name, settings in variants.items()}
-    rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
-    return [{"row": name, **row} for name, row in rows.items()]
-
-
-def diversity(flow: Flow) -> list[dict]:
-    """RL lowers entropy and diversity: before and after, with and without ptx and the KL penalty."""
-    study = flow.study()
-    folders = {"sft": flow.sft(), "ppo": flow.ppo(), "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0),
-               "ppo_no_kl": flow.ppo("ppo_no_kl", beta=0.0)}
-    rows = []
-    for name, folder in folders.items():
-        model = study.reference if name == "sft" else checkpoint.load_model(folder)
-        lines = [study.tokenizer.decode(a) for a in evaluate.answers_of(study, model, 1.0)]
-        few = study.prompts[:100]
-        many = evaluate.answers_of(study, model, 1.0, [prompt for prompt in few for _ in range(8)])
-        groups = [[study.tokenizer.decode(a) for a in many[i:i + 8]] for i in range(0, len(many), 8)]
-        alike = [evaluate.overlap_f1(a, b) for group in groups for i, a in enumerate(group)
-                 for b in group[:i]]
-        _, entropy = evaluate.logprobs_of(study, model, evaluate.answers_of(study, model, 1.0))
-        rows.append({"row": name, "entropy": entropy, "distinct_1": evaluate.distinct(lines, 1),
-                     "distinct_2": evaluate.distinct(lines, 2), "self_similarity": float(np.mean(alike))})
-    return rows
-
-
-def ptx(flow: Flow) -> list[dict]:
-    """What mixing in the language-model loss buys: loss on the pretraining text and on human answers."""
-    study, folders = flow.study(), {"base": flow.pretrain(), "sft": flow.sft(), "ppo": flow.ppo(),
-                                    "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
-    config = train_pretrain.Config(data=flow.config.data, tiny=flow.config.tiny, out=flow.pretrain(),
-                                   seed=flow.seed)
-    common.apply_tiny(config)
-    run = common.Run(Path(config.out), study.device, torch.float32)
-    loaded = train_pretrain.load_data(config, run)
-    rows = []
-    for name, folder in folders.items():
-        model = checkpoint.load_model(folder)
-        logprobs, _ = evaluate.logprobs_of(study, model, study.human)
-        rows.append({"row": name, "loss": float(-logprobs.sum() / sum(map(len, study.human))),
-                     "bits_per_byte": train_pretrain.evaluate(config, run, loaded, model)["bits_per_byte"]})
-    return rows
-
-
-def over_optimisation(flow: Flow) -> list[dict]:
-    """Without a KL penalty the reward goes on rising while the gold score turns down (Gao et al. 2022)."""
-    study = flow.study()
-    folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, **dict(flow.steps(train_ppo, 2.5), warmup=10), lr=1e-3)
-    rows = [{"row": f"PPO, iteration {line['step']}", "kl": line["kl"], "reward": line["reward"],
-             "gold": line["gold"]} for line in metrics_of(folder)]
-    study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
-    most = 8 if flow.config.tiny else 64
-    prompts = [prompt for prompt in study.prompts for _ in range(most)]
-    samples = evaluate.answers_of(study, study.reference, 1.0, prompts)
-    columns = [samples[k::most] for k in range(most)]
-    reward_NP, gold_NP = (np.stack([measure(study, column) for column in columns])
-                          for measure in (evaluate.rewards_of, evaluate.golds_of))
-    for n in (2 ** k for k in range(most.bit_length())):
-        groups = [slice(i, i + n) for i in range(0, most, n)]
-        best = [reward_NP[at].argmax(0) for at in groups]
-        reward, gold = (float(np.mean([np.take_along_axis(x[at], which[None], 0)
-                                       for at, which in zip(groups, best)])) for x in (reward_NP, gold_NP))
-        rows.append({"row": f"best of {n}", "kl": math.log(n) - 1 + 1 / n, "reward": reward,
-                     "gold": gold})
-    return rows
-
-
-def fit_of_gold(d: np.ndarray, gained: np.ndarray, logarithm: bool) -> tuple[float, float]:
-    """(alpha, beta) of Gao et al. 2022, eq. 1 and 2, by least squares: gold gained = d (alpha - beta d) for
-    best-of-n, d (alpha - beta log d) for RL, with d = sqrt(KL).
-    """
-    second = d * np.log(d) if logarithm else d * d
-    alpha, beta = np.linalg.lstsq(np.stack((d, -second), 1), gained, rcond=None)[0]
-    return float(alpha), float(beta)
-
-
-def draw_over_optimisation(rows: list[dict], path: Path) -> None:
-    """Reward and gold score against sqrt(KL), for best-of-n and PPO, all seeds; the fits through gold."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for axis, name, logarithm in zip(axes, ("best of", "PPO"), (False, True)):
-        d, reward, gold = (np.array([row[key] for row in rows if row["row"].startswith(name)])
-                           for key in ("kl", "reward", "gold"))
-        d = np.sqrt(np.maximum(d, 0))
-        start = gold[d < 0.05].mean()
-        axis.plot(d, (reward - reward[d < 0.05].mean()) / 5, "o", color="#ee7733", markersize=3,
-                  label="reward model's score gained / 5")
-        axis.plot(d, gold - start, "^", color="#0077bb", markersize=3, label="gold score gained")
-        moved = d >= 0.05
-        alpha, beta = fit_of_gold(d[moved], gold[moved] - start, logarithm)
-        x = np.linspace(0.05, d.max(), 200)
-        y = x * (alpha - beta * (np.log(x) if logarithm else x))
-        law = "log d" if logarithm else "d"
-        axis.plot(x, y, color="black", linewidth=1.2, label=f"d ({alpha:.3f} − {beta:.3f} {law})")
-        axis.set(xlabel="d = √KL(policy ‖ SFT), nats per answer",
-                 title="PPO without KL penalty" if name == "PPO" else "best of n SFT answers")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-# ---- the reward model --------------------------------------------------------------------------------------
-
-def reward_model_accuracy(flow: Flow) -> list[dict]:
-    """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score."""
-    study, rows = flow.study(), []
-    rivals = rivals_of(study)
-    everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
-    variants = {"all": (1, {}), "1/4": (1 / 4, dict(prompts=everything // 4)),
-                "1/16": (1 / 16, dict(prompts=max(16, everything // 16))),
-                "25 % noise": (1, dict(label_noise=0.25))}
-    for name, (share, settings) in variants.items():
-        key = name.replace("/", "_of_").replace(" % ", "_")
-        shorter = flow.steps(train_rm, max(share, 1 / 6)) if share < 1 else {}
-        rm = flow.rm(f"rm_{key}", **settings, **shorter) if name != "all" else flow.rm()
-        ppo = flow.ppo(f"ppo_{key}", reward=rm) if name != "all" else flow.ppo()
-        row = rows_of(study, rivals, {"ppo": checkpoint.load_model(ppo)})["ppo"]
-        accuracies = {k: v for k, v in metrics_of(rm)[-1].items() if k.startswith("accuracy")}
-        rows.append({"row": name, **accuracies,
-                     **{k: row[k] for k in ("gold", "gold_greedy", "about_greedy", "kl")}})
-    return rows
-
-
-def reward_model_boundary(flow: Flow) -> list[dict]:
-    """Where a reward model stops generalising: other packages, other kinds of pairs, later samples."""
-    files = corpus.corpus_files(flow.config.tiny) if not flow.config.data else []
-    if not files:
-        raise UserError("reward_model_boundary compares packages of the default corpus: no --data here")
-    packages = sorted({module.split(".")[0] for _, module in files})
-    inside = set(np.random.default_rng(flow.seed).permutation(packages)[:len(packages) // 2])
-    texts = {}
-    for place in ("inside", "outside"):
-        chosen = [file for file in files if (file[1].split(".")[0] in inside) == (place == "inside")]
-        pairs = [r for r in corpus.scan(chosen) if r.response]
-        texts[place] = flow.folder / f"{place}.jsonl"
-        common.write_atomically(texts[place], "\n".join(
-            json.dumps({"prompt": r.prompt, "response": r.response}) for r in pairs).encode())
-    half = dict(prompts=3000, **flow.steps(train_rm, 0.5))
-    rows = []
-    for name, settings in (("half of the packages", dict(data=str(texts["inside"]))),
-                           ("human against sample alone", dict(answers=2))):
-        rm = flow.rm("rm_" + name.split()[0], **half, **settings)
-        tested_on = {"all pairs": dict(answers=5)}
-        if "data" in settings:
-            tested_on = {"the same": {}, "other packages": dict(data=str(texts["outside"]))}
-        for place, other in tested_on.items():
-            rows.append({"row": f"{name}, tested on {place}", **accuracy(flow, rm, **other)})
-    rows.append({"row": "all, tested on SFT's samples", **accuracy(flow, flow.rm())})
-    rows.append({"row": "all, tested on PPO's samples", **accuracy(flow, flow.rm(), init=flow.ppo())})
-    return rows
-
-
-def accuracy(flow: Flow, rm: str, **settings) -> dict[str, float]:
-    """Accuracy of a reward model on held-out rankings of other data, or of another model's samples."""
-    saved = json.loads((Path(rm) / "config.json").read_text())
-    fields = {name: saved[name] for name in vars(train_rm.Config())} | settings
-    config = train_rm.Config(**fields | dict(out=rm, prompts=fields["batch_size"]))
-    run = common.Run(Path(rm), torch.device("cpu"), torch.float32)
-    loaded, model = train_rm.load_data(config, run), checkpoint.load_model(rm)
-    return train_rm.evaluate(config, run, loaded, model)
-
-
-# ---- what goes wrong ---------------------------------------------------------------------------------------
-
-def stability(flow: Flow) -> list[dict]:
-    """Learning rate x price of the KL: where PPO fails, and what the log shows first."""
-    rows = []
-    for lr in (2e-4, 1e-3, 5e-3):
-        for beta in (0.0, 0.08, 0.3):
-            row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
-            settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, eval_every=0,
-                            **flow.steps(train_ppo, 0.5))
-            try:
-                lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings))
-            except Fault as fault:
-                rows.append(row | {"first_warning": str(fault)})
-                continue
-            last = {name: float(np.mean([line[name] for line in lines[-3:]]))
-                    for name in ("gold", "reward", "kl", "entropy", "length", "ended", "repetition")}
-            rows.append(row | last | {"gold_before": lines[0]["gold"]} | first_warning(lines))
-    return rows
-
-
-def first_warning(lines: list[dict]) -> dict:
-    """The iteration at which the log first warns, and with which words."""
-    for line in lines:
-        if signs := train_ppo.warnings_of(line, lines[0]):
-            return {"warned_at": line["step"], "first_warning": "; ".join(signs)}
-    return {}
-
-
-def hackable(flow: Flow) -> list[dict]:
-    """PPO finds what a planted reward really pays for, and the log's warning line names it."""
-    reward = str(Path(__file__).resolve().parent / "planted.py") + ":more_commas"
-    folder = flow.train(train_ppo, "ppo_commas", init=flow.sft(), reward=os.path.relpath(reward), ptx=0.0,
-                        beta=0.02)
-    lines = metrics_of(folder)
-    shown = ("step", "reward", "gold", "kl", "entropy", "length", "ended", "repetition")
-    return [{"row": name, **{key: line[key] for key in shown}, **first_warning(lines)}
-            for name, line in (("before", lines[0]), ("after", lines[-1]))]
-
-
-MEASUREMENTS = (rl_against_sft, relevance, diversity, ptx, over_optimisation, reward_model_accuracy,
-                reward_model_boundary, stability, hackable)
-
-
-# ---- all of them -------------------------------------------------------------------------------------------
 
 def measured(config: Config, name: str, seed: int) -> list[dict]:
     """The rows of one measurement and seed. Runs in a worker: one thread."""
@@ -397,17 +79,20 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t * spread / math.sqrt(len(values)))
 
 
-def table_of(rows: list[dict], claim: str, columns: tuple) -> str:
+def table_of(record: list[dict], claim: str) -> str:
     """Mean ± half of the 95 % interval over the seeds, a line per row of the measurement."""
-    rows = [row for row in rows if row["claim"] == claim]
+    rows = [row for row in record if row["claim"] == claim]
+    figures = [name for row in rows for name, x in row.items() if isinstance(x, (int, float))]
+    columns = COLUMNS.get(claim, tuple(dict.fromkeys(name for name in figures if name != "seed")))
     lines = ["| " + " | ".join(("", *columns)) + " |", "|" + "---|" * (1 + len(columns))]
     for name in dict.fromkeys(row["row"] for row in rows):
         cells = []
         for column in columns:
             values = [row[column] for row in rows if row["row"] == name and row.get(column) is not None]
             mean, half = mean_and_interval(values) if values else (math.nan, math.nan)
-            spread = "" if math.isnan(half) else f" ± {half:.3f}"
-            cells.append(f"{mean:.3f}{spread}" if values else "")
+            digits = 0 if all(isinstance(value, int) for value in values) else 3
+            spread = "" if math.isnan(half) or not half else f" ± {half:.{digits}f}"
+            cells.append(f"{mean:,.{digits}f}{spread}" if values else "")
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines)
 
@@ -437,10 +122,9 @@ def main(config: Config) -> list[dict]:
             common.write_atomically(Path(config.record), text.encode())
     for name in wanted:
         found = [row for row in records if row["claim"] == name]
-        columns = tuple(dict.fromkeys(k for row in found for k, v in row.items() if isinstance(v, float)))
-        print(f"\n## {name}\n\n{table_of(records, name, columns[:8])}")
+        print(f"\n## {name}\n\n{table_of(records, name)}")
     if "over_optimisation" in wanted:
-        draw_over_optimisation([row for row in records if row["claim"] == "over_optimisation"],
+        claims_rl.draw_over_optimisation([row for row in records if row["claim"] == "over_optimisation"],
                                Path(config.record).with_name("over_optimisation.png"))
     machine = hardware.processor_name(torch.device("cpu"))
     print(f"\nwritten: {config.record}. {machine}, torch {torch.__version__}")

@@ -11,12 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
 import claims                                   # noqa: E402
 from errors import UserError                    # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+RECORD, README = ROOT / "records" / "claims.jsonl", (ROOT / "README.md").read_text(encoding="utf-8")
+
 
 def test_the_fit_finds_the_curve_it_was_made_from():
     """gold = d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL (Gao et al. 2022)."""
     d = np.linspace(0.2, 5, 20)
-    assert claims.fit_of_gold(d, d * (0.3 - 0.04 * d), logarithm=False) == pytest.approx((0.3, 0.04))
-    assert claims.fit_of_gold(d, d * (0.3 - 0.04 * np.log(d)), logarithm=True) == pytest.approx((0.3, 0.04))
+    assert claims.claims_rl.fit_of_gold(d, d * (0.3 - 0.04 * d), logarithm=False) == pytest.approx((0.3, 0.04))
+    assert claims.claims_rl.fit_of_gold(d, d * (0.3 - 0.04 * np.log(d)), logarithm=True) == pytest.approx((0.3, 0.04))
 
 
 def test_interval_is_students():
@@ -29,12 +32,19 @@ def test_interval_is_students():
 def test_table_has_a_line_per_row_and_no_other_claims():
     rows = [{"claim": "a", "seed": seed, "row": row, "gold": gold} for row, golds in
             (("sft", (0.5, 0.6, 0.7)), ("ppo", (0.8,))) for seed, gold in enumerate(golds)]
-    table = claims.table_of(rows + [{"claim": "b", "row": "other", "gold": 0.1}], "a", ("gold",))
+    table = claims.table_of(rows + [{"claim": "b", "row": "other", "gold": 0.1}], "a")
     assert table.splitlines()[2:] == ["| sft | 0.600 ± 0.248 |", "| ppo | 0.800 |"]
 
 
+@pytest.mark.parametrize("claim", sorted({row["claim"] for row in claims.read_record(RECORD)}))
+def test_the_readme_shows_the_record(claim):
+    """A measurement that is in the record is shown in the README or in the notebook, with the record's figures."""
+    if claim in README:
+        assert claims.table_of(claims.read_record(RECORD), claim) in README
+
+
 def test_an_unknown_measurement_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="there is no measurement luck; there are rl_against_sft"):
+    with pytest.raises(UserError, match="there is no measurement luck; there are structures"):
         claims.main(claims.Config(only="luck", record=str(tmp_path / "claims.jsonl")))
     assert not (tmp_path / "claims.jsonl").exists()
 

@@ -16,13 +16,14 @@ import data
 import evaluate
 import generate
 import presets
+import train_dpo
 import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
 
 ROOT = Path(__file__).parent.parent
-STAGES = (train_pretrain, train_sft, train_rm, train_ppo)
+STAGES = (train_pretrain, train_sft, train_rm, train_ppo, train_dpo)
 BANNERS = ("config", "set-up", "data", "model", "optimizer", "evaluate", "train", "log", "save")
 
 
@@ -37,7 +38,8 @@ def test_the_nine_banners_in_order(module):
 
 
 @pytest.mark.parametrize("earlier, later, share", [(train_pretrain, train_sft, 0.85),
-                                                   (train_sft, train_rm, 0.75), (train_rm, train_ppo, 0.45)])
+                                                   (train_sft, train_rm, 0.75), (train_rm, train_ppo, 0.45),
+                                                   (train_rm, train_dpo, 0.7)])
 def test_the_stages_are_siblings(earlier, later, share):
     """Lines in common and in order, as a share of the shorter script's lines."""
     a, b = lines_of(earlier), lines_of(later)

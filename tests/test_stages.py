@@ -1,4 +1,4 @@
-"""The four stages end to end on a small generated package: every structure, resuming, ranks, bad input."""
+"""The four stages and DPO end to end on a small generated package: every structure, resuming, ranks, bad input."""
 import json
 import os
 import shutil
@@ -17,6 +17,7 @@ import compare
 import evaluate
 import generate
 import hardware
+import train_dpo
 import train_ppo
 import train_pretrain
 import train_rm
@@ -44,7 +45,7 @@ def package(tmp_path_factory):
 
 
 def stage_configs(structure: str, package: Path, runs: Path) -> list:
-    """(main, Config) of the four stages, small enough for a test."""
+    """(main, Config) of the four stages and of DPO, small enough for a test."""
     objective = {"causal": "next_token", "prefix": "glm_130b", "encdec": "bart"}[structure]
     common_flags = dict(SMALL, data=str(package))
     return [
@@ -61,6 +62,9 @@ def stage_configs(structure: str, package: Path, runs: Path) -> list:
         (train_ppo.main, train_ppo.Config(
             **common_flags, init=str(runs / "sft"), reward=str(runs / "rm"), out=str(runs / "ppo"), steps=4,
             batch_size=8, minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5, kl_target=1.0)),
+        (train_dpo.main, train_dpo.Config(
+            **common_flags, init=str(runs / "sft"), out=str(runs / "dpo"), prompts=20, answers=4, max_new=8,
+            steps=4, batch_size=4, warmup=2, eval_size=5)),
     ]
 
 
@@ -69,7 +73,7 @@ one_structure = pytest.mark.parametrize("flow", ["causal"], indirect=True)
 
 @pytest.fixture(scope="module", params=STRUCTURES)
 def flow(request, package, tmp_path_factory):
-    """All four stages of one structure: (run folders, configs, last log lines)."""
+    """All stages of one structure: (run folders, configs, last log lines)."""
     runs = tmp_path_factory.mktemp(request.param)
     stages = stage_configs(request.param, package, runs)
     return runs, stages, [main(config) for main, config in stages]
@@ -125,14 +129,28 @@ def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, caps
     assert fragment in error and not (tmp_path / "out").exists()
 
 
+def test_dpo_learns_from_the_reward_models_comparisons(flow):
+    """The same seed gives both the very same prompts, answers, rankings and mistakes; and generate.py reads a run of DPO."""
+    runs, stages, _ = flow
+    loaded = []
+    for stage, module in ((2, train_rm), (4, train_dpo)):
+        config = module.Config(**{**vars(stages[stage][1]), "label_noise": 0.3})
+        loaded.append(module.load_data(config, common.Run(runs, torch.device("cpu"), torch.float32)))
+    assert loaded[0].train == loaded[1].train and loaded[0].held_out == loaded[1].held_out
+    assert not any(parameter.requires_grad for parameter in loaded[1].reference.parameters())
+    answers = generate.main(generate.Config(run=str(runs / "dpo"), prompt="def read_area(width):", max_new=4,
+                                            device="cpu"))
+    assert len(answers) == 1
+
+
 def test_no_held_out_name_is_trained_on(flow, package):
     """The names that pretraining holds out are held out by every later stage, and no stage trains on one."""
     runs, _, _ = flow
-    names = [checkpoint.held_out_names(str(runs / stage)) for stage in ("pretrain", "sft", "rm", "ppo")]
+    names = [checkpoint.held_out_names(str(runs / stage)) for stage in ("pretrain", "sft", "rm", "ppo", "dpo")]
     assert names[0] and all(names[0] <= later for later in names[1:])
 
 
-@pytest.mark.parametrize("stage", range(4), ids=("pretrain", "sft", "rm", "ppo"))
+@pytest.mark.parametrize("stage", range(5), ids=("pretrain", "sft", "rm", "ppo", "dpo"))
 def test_resumed_equals_uninterrupted(flow, stage, tmp_path):
     """Stopped at step 2 and resumed, a run ends in the same weights, bit by bit."""
     _, stages, _ = flow
@@ -146,6 +164,44 @@ def test_resumed_equals_uninterrupted(flow, stage, tmp_path):
     for part in ("model", "value") if stage == 3 else ("model",):
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, resumed[part][name]), (part, name)
+
+
+@one_structure
+def test_label_noise_is_in_the_training_comparisons_alone(flow, monkeypatch, capsys, tmp_path):
+    """Sampled and given comparisons are turned round where the model learns, and nowhere where it is measured."""
+    _, stages, _ = flow
+    config, run = stages[2][1], common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    given = [{"prompt": f"Is it {i}?", "chosen": "Yes.", "rejected": "No, it is not."} for i in range(60)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    for path, pairs_each in ((config.data, 6), (str(tmp_path / "given.jsonl"), 1)):
+        clean, noisy = (train_rm.load_data(train_rm.Config(**{**vars(config), "data": path, "prompts": 40,
+                                                              "label_noise": share}), run) for share in (0.0, 0.4))
+        assert clean.held_out == noisy.held_out and not any(example.mistakes for example in clean.train)
+        assert [example._replace(mistakes=()) for example in noisy.train] == clean.train
+        assert 0.2 < sum(len(example.mistakes) for example in noisy.train) / (pairs_each * len(noisy.train)) < 0.6
+    for share in ("-0.1", "0.6", "nan"):
+        assert "label_noise" in fails(monkeypatch, capsys, train_rm, "--label_noise", share, "--data", config.data,
+                                      "--init", config.init, "--out", str(tmp_path / "out"), "--dtype", "fp32")
+    assert not (tmp_path / "out").exists()
+
+
+@one_structure
+def test_every_source_of_comparisons_has_its_accuracy(flow, capsys, tmp_path):
+    """Two files of dialogues with two last replies: one reward model, and how well it orders each of them."""
+    _, stages, _ = flow
+    (tmp_path / "d").mkdir()
+    for name, replies in (("helpful", ("Yes.", "no no")), ("harmless", ("Please do not.", "yes"))):
+        rows = [{key: f"\n\nHuman: {name} {i}?\n\nAssistant: {reply}"
+                 for key, reply in zip(("chosen", "rejected"), replies)} for i in range(60)]
+        (tmp_path / "d" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = train_rm.Config(**{**vars(stages[2][1]), "data": str(tmp_path / "d"), "out": str(tmp_path / "rm"),
+                                "prompts": 100, "eval_size": 50})
+    last, printed = train_rm.main(config), capsys.readouterr().out
+    assert -1 <= last["length_correlation"] <= 1
+    n = {name: last[f"pairs_{name}"] for name in ("helpful", "harmless")}
+    mean = sum(n[name] * last[f"accuracy_{name}"] for name in n) / sum(n.values())
+    assert last["accuracy"] == pytest.approx(mean) and min(n.values()) > 0
+    assert all(f"{name}: accuracy {last[f'accuracy_{name}']:.3f} on {n[name]} held-out" in printed for name in n)
 
 
 def test_the_report_covers_all_rows(flow, package):
@@ -180,7 +236,7 @@ OWN_OBJECTIVE = {"gpt2": "next_token", "llama2-70b": "next_token", "baichuan-13b
 
 @pytest.mark.parametrize("preset, objective", OWN_OBJECTIVE.items())
 def test_every_family_learns_by_its_own_objective(preset, objective, package, tmp_path):
-    """Scaled down, each family goes through all four stages, and learns more than how often tokens occur."""
+    """Scaled down, each family goes through all stages, and learns more than how often tokens occur."""
     stages = stage_configs("causal", package, tmp_path)
     sizes = dict(preset=preset, structure="", objective=objective, layers=2, heads=4, width=32, steps=80, lr=1e-2,
                  eval_every=0, save_every=0)
@@ -239,7 +295,7 @@ dist.destroy_process_group()
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is tested on Linux and macOS")
 @one_structure
 def test_two_ranks_equal_one(flow, package, tmp_path, monkeypatch):
-    """With the same global batch two ranks log the same losses, gradients and PPO figures as one process."""
+    """With the same global batch two ranks log the same losses, gradients and samples' figures as one process."""
     runs, stages, _ = flow
     monkeypatch.setattr(train_ppo, "generate", greedy)
     main, config = stages[3]
@@ -250,7 +306,7 @@ def test_two_ranks_equal_one(flow, package, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     str(tmp_path / "driver.py")], check=True, capture_output=True, timeout=240,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for stage, alone in (("pretrain", runs), ("sft", runs), ("rm", runs), ("ppo", tmp_path / "one")):
+    for stage, alone in (("pretrain", runs), ("sft", runs), ("rm", runs), ("dpo", runs), ("ppo", tmp_path / "one")):
         ones, twos = ([json.loads(line) for line in (where / stage / "metrics.jsonl").read_text().splitlines()]
                       for where in (alone, tmp_path / "two"))
         for one, two in zip(ones, twos, strict=True):
@@ -355,6 +411,12 @@ def test_bad_flags_are_one_sentence(monkeypatch, capsys, tmp_path, package, flag
     assert not (tmp_path / "out").exists()
 
 
+def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
+    """At beta 0 every policy would do: refused before anything is read."""
+    assert "beta" in fails(monkeypatch, capsys, train_dpo, "--beta", "0", "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_absent_cuda_is_one_sentence(monkeypatch, capsys, tmp_path):
     assert "not present" in fails(monkeypatch, capsys, train_pretrain, "--device", "cuda",
@@ -362,7 +424,8 @@ def test_absent_cuda_is_one_sentence(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("module, needed", [(train_sft, "train_pretrain.py"), (train_rm, "train_sft.py"),
-                                            (train_ppo, "train_sft.py"), (evaluate, "train_pretrain.py")])
+                                            (train_ppo, "train_sft.py"), (train_dpo, "train_sft.py"),
+                                            (evaluate, "train_pretrain.py")])
 def test_a_stage_names_the_one_it_needs(monkeypatch, capsys, tmp_path, module, needed):
     flag = "--runs" if module is evaluate else "--init"
     out = () if module is evaluate else ("--out", str(tmp_path / "out"))

@@ -1,0 +1,273 @@
+"""The measurements of claims.py about rewards and reinforcement learning."""
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flow import Flow, metrics_of, rivals_of, rows_of
+
+import checkpoint
+import common
+import corpus
+import evaluate
+import train_dpo
+import train_pretrain
+import train_ppo
+import train_rm
+import train_sft
+from errors import Fault, UserError
+
+# ---- PPO against its rivals --------------------------------------------------------------------------------
+
+def rl_against_sft(flow: Flow) -> list[dict]:
+    """RL beats SFT at equal parameters: gold score of PPO, SFT, and SFT's honest rivals."""
+    study = flow.study()
+    best = flow.sft("sft_on_best", init=flow.sft(), data=best_answers(flow, study),
+                    **flow.steps(train_sft, 0.25), lr=1e-3)
+    folders = {"sft_on_best": best, "dpo": flow.train(train_dpo, "dpo", init=flow.sft()), "ppo": flow.ppo(),
+               "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
+    models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
+    rivals = rivals_of(study)
+    rows = rows_of(study, rivals, {"sft": study.reference} | models)
+    cooled = {t: evaluate.answers_of(study, study.reference, t) for t in (0.2, 0.35, 0.5, 0.7)}
+    temperature = max(cooled, key=lambda t: evaluate.golds_of(study, cooled[t]).mean())
+    for name, answers in (("sft_cool", cooled[temperature]), ("best_of_n", evaluate.best_of_n(study)),
+                          ("human", study.human)):
+        rows[name] = evaluate.row_of(study, answers, None, None, rivals)
+    rows["sft_cool"]["temperature"] = temperature
+    rows["best_of_n"]["kl"] = round(math.log(study.config.best_of) - 1 + 1 / study.config.best_of, 4)
+    return [{"row": name, **row} for name, row in rows.items()]
+
+
+def best_answers(flow: Flow, study: evaluate.Study) -> str:
+    """A .jsonl with the best of n samples to each training prompt, as the reward model sees it."""
+    path = flow.folder / "best_of_n.jsonl"
+    if not path.exists():
+        records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
+        rng = np.random.default_rng(flow.seed)
+        chosen = [records[i] for i in rng.permutation(len(records))[:4000]]
+        prompts = study.tokenizer.encode_all([record.prompt for record in chosen])
+        answers = evaluate.best_of_n(dataclasses.replace(study, prompts=prompts))
+        texts = [study.tokenizer.decode(answer) for answer in answers]
+        lines = [json.dumps({"prompt": r.prompt, "response": text}) for r, text in zip(chosen, texts) if text]
+        common.write_atomically(path, "\n".join(lines).encode())
+    return str(path)
+
+
+def relevance(flow: Flow) -> list[dict]:
+    """What PPO costs in relevance (the share of the identifier's words), and what wins it back."""
+    study = flow.study()
+    folders = {"ppo": flow.ppo(), "ptx 0": flow.ppo("ppo_no_ptx", ptx=0.0),
+               "ptx 1": flow.ppo("ppo_ptx_1", ptx=1.0), "beta 0.05": flow.ppo("ppo_beta_0.05", beta=0.05),
+               "beta 0.15": flow.ppo("ppo_beta_0.15", beta=0.15)}
+    models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
+    rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
+    return [{"row": name, **row} for name, row in rows.items()]
+
+
+def diversity(flow: Flow) -> list[dict]:
+    """RL lowers entropy and diversity: before and after, with and without ptx and the KL penalty."""
+    study = flow.study()
+    folders = {"sft": flow.sft(), "ppo": flow.ppo(), "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0),
+               "ppo_no_kl": flow.ppo("ppo_no_kl", beta=0.0)}
+    rows = []
+    for name, folder in folders.items():
+        model = study.reference if name == "sft" else checkpoint.load_model(folder)
+        lines = [study.tokenizer.decode(a) for a in evaluate.answers_of(study, model, 1.0)]
+        few = study.prompts[:100]
+        many = evaluate.answers_of(study, model, 1.0, [prompt for prompt in few for _ in range(8)])
+        groups = [[study.tokenizer.decode(a) for a in many[i:i + 8]] for i in range(0, len(many), 8)]
+        alike = [evaluate.overlap_f1(a, b) for group in groups for i, a in enumerate(group)
+                 for b in group[:i]]
+        _, entropy = evaluate.logprobs_of(study, model, evaluate.answers_of(study, model, 1.0))
+        rows.append({"row": name, "entropy": entropy, "distinct_1": evaluate.distinct(lines, 1),
+                     "distinct_2": evaluate.distinct(lines, 2), "self_similarity": float(np.mean(alike))})
+    return rows
+
+
+def ptx(flow: Flow) -> list[dict]:
+    """What mixing in the language-model loss buys: loss on the pretraining text and on human answers."""
+    study, folders = flow.study(), {"base": flow.pretrain(), "sft": flow.sft(), "ppo": flow.ppo(),
+                                    "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
+    config = train_pretrain.Config(data=flow.config.data, tiny=flow.config.tiny, out=flow.pretrain(),
+                                   seed=flow.seed)
+    common.apply_tiny(config)
+    run = common.Run(Path(config.out), study.device, torch.float32)
+    loaded = train_pretrain.load_data(config, run)
+    rows = []
+    for name, folder in folders.items():
+        model = checkpoint.load_model(folder)
+        logprobs, _ = evaluate.logprobs_of(study, model, study.human)
+        rows.append({"row": name, "loss": float(-logprobs.sum() / sum(map(len, study.human))),
+                     "bits_per_byte": train_pretrain.evaluate(config, run, loaded, model)["bits_per_byte"]})
+    return rows
+
+
+def over_optimisation(flow: Flow) -> list[dict]:
+    """Without a KL penalty the reward goes on rising while the gold score turns down (Gao et al. 2022)."""
+    study = flow.study()
+    folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, **dict(flow.steps(train_ppo, 2.5), warmup=10), lr=1e-3)
+    rows = [{"row": f"PPO, iteration {line['step']}", "kl": line["kl"], "reward": line["reward"],
+             "gold": line["gold"]} for line in metrics_of(folder)]
+    study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
+    most = 8 if flow.config.tiny else 64
+    prompts = [prompt for prompt in study.prompts for _ in range(most)]
+    samples = evaluate.answers_of(study, study.reference, 1.0, prompts)
+    columns = [samples[k::most] for k in range(most)]
+    reward_NP, gold_NP = (np.stack([measure(study, column) for column in columns])
+                          for measure in (evaluate.rewards_of, evaluate.golds_of))
+    for n in (2 ** k for k in range(most.bit_length())):
+        groups = [slice(i, i + n) for i in range(0, most, n)]
+        best = [reward_NP[at].argmax(0) for at in groups]
+        reward, gold = (float(np.mean([np.take_along_axis(x[at], which[None], 0)
+                                       for at, which in zip(groups, best)])) for x in (reward_NP, gold_NP))
+        rows.append({"row": f"best of {n}", "kl": math.log(n) - 1 + 1 / n, "reward": reward,
+                     "gold": gold})
+    return rows
+
+
+def fit_of_gold(d: np.ndarray, gained: np.ndarray, logarithm: bool) -> tuple[float, float]:
+    """(alpha, beta) of Gao et al. 2022, eq. 1 and 2, by least squares: gold gained = d (alpha - beta d) for
+    best-of-n, d (alpha - beta log d) for RL, with d = sqrt(KL).
+    """
+    second = d * np.log(d) if logarithm else d * d
+    alpha, beta = np.linalg.lstsq(np.stack((d, -second), 1), gained, rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+def draw_over_optimisation(rows: list[dict], path: Path) -> None:
+    """Reward and gold score against sqrt(KL), for best-of-n and PPO, all seeds; the fits through gold."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axis, name, logarithm in zip(axes, ("best of", "PPO"), (False, True)):
+        d, reward, gold = (np.array([row[key] for row in rows if row["row"].startswith(name)])
+                           for key in ("kl", "reward", "gold"))
+        d = np.sqrt(np.maximum(d, 0))
+        start = gold[d < 0.05].mean()
+        axis.plot(d, (reward - reward[d < 0.05].mean()) / 5, "o", color="#ee7733", markersize=3,
+                  label="reward model's score gained / 5")
+        axis.plot(d, gold - start, "^", color="#0077bb", markersize=3, label="gold score gained")
+        moved = d >= 0.05
+        alpha, beta = fit_of_gold(d[moved], gold[moved] - start, logarithm)
+        x = np.linspace(0.05, d.max(), 200)
+        y = x * (alpha - beta * (np.log(x) if logarithm else x))
+        law = "log d" if logarithm else "d"
+        axis.plot(x, y, color="black", linewidth=1.2, label=f"d ({alpha:.3f} − {beta:.3f} {law})")
+        axis.set(xlabel="d = √KL(policy ‖ SFT), nats per answer",
+                 title="PPO without KL penalty" if name == "PPO" else "best of n SFT answers")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---- the reward model --------------------------------------------------------------------------------------
+
+def reward_model_accuracy(flow: Flow) -> list[dict]:
+    """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score."""
+    study, rows = flow.study(), []
+    rivals = rivals_of(study)
+    everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
+    variants = {"all": (1, {}), "1/4": (1 / 4, dict(prompts=everything // 4)),
+                "1/16": (1 / 16, dict(prompts=max(16, everything // 16))),
+                "25 % noise": (1, dict(label_noise=0.25))}
+    for name, (share, settings) in variants.items():
+        key = name.replace("/", "_of_").replace(" % ", "_")
+        shorter = flow.steps(train_rm, max(share, 1 / 6)) if share < 1 else {}
+        rm = flow.rm(f"rm_{key}", **settings, **shorter) if name != "all" else flow.rm()
+        ppo = flow.ppo(f"ppo_{key}", reward=rm) if name != "all" else flow.ppo()
+        row = rows_of(study, rivals, {"ppo": checkpoint.load_model(ppo)})["ppo"]
+        accuracies = {k: v for k, v in metrics_of(rm)[-1].items() if k.startswith("accuracy")}
+        rows.append({"row": name, **accuracies,
+                     **{k: row[k] for k in ("gold", "gold_greedy", "about_greedy", "kl")}})
+    return rows
+
+
+def reward_model_boundary(flow: Flow) -> list[dict]:
+    """Where a reward model stops generalising: other packages, other kinds of pairs, later samples."""
+    files = corpus.corpus_files(flow.config.tiny) if not flow.config.data else []
+    if not files:
+        raise UserError("reward_model_boundary compares packages of the default corpus: no --data here")
+    packages = sorted({module.split(".")[0] for _, module in files})
+    inside = set(np.random.default_rng(flow.seed).permutation(packages)[:len(packages) // 2])
+    texts = {}
+    for place in ("inside", "outside"):
+        chosen = [file for file in files if (file[1].split(".")[0] in inside) == (place == "inside")]
+        pairs = [r for r in corpus.scan(chosen) if r.response]
+        texts[place] = flow.folder / f"{place}.jsonl"
+        common.write_atomically(texts[place], "\n".join(
+            json.dumps({"prompt": r.prompt, "response": r.response}) for r in pairs).encode())
+    half = dict(prompts=3000, **flow.steps(train_rm, 0.5))
+    rows = []
+    for name, settings in (("half of the packages", dict(data=str(texts["inside"]))),
+                           ("human against sample alone", dict(answers=2))):
+        rm = flow.rm("rm_" + name.split()[0], **half, **settings)
+        tested_on = {"all pairs": dict(answers=5)}
+        if "data" in settings:
+            tested_on = {"the same": {}, "other packages": dict(data=str(texts["outside"]))}
+        for place, other in tested_on.items():
+            rows.append({"row": f"{name}, tested on {place}", **accuracy(flow, rm, **other)})
+    rows.append({"row": "all, tested on SFT's samples", **accuracy(flow, flow.rm())})
+    rows.append({"row": "all, tested on PPO's samples", **accuracy(flow, flow.rm(), init=flow.ppo())})
+    return rows
+
+
+def accuracy(flow: Flow, rm: str, **settings) -> dict[str, float]:
+    """Accuracy of a reward model on held-out rankings of other data, or of another model's samples."""
+    saved = json.loads((Path(rm) / "config.json").read_text())
+    fields = {name: saved[name] for name in vars(train_rm.Config())} | settings
+    config = train_rm.Config(**fields | dict(out=rm, prompts=fields["batch_size"]))
+    run = common.Run(Path(rm), torch.device("cpu"), torch.float32)
+    loaded, model = train_rm.load_data(config, run), checkpoint.load_model(rm)
+    return train_rm.evaluate(config, run, loaded, model)
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------
+
+def stability(flow: Flow) -> list[dict]:
+    """Learning rate x price of the KL: where PPO fails, and what the log shows first."""
+    rows = []
+    for lr in (2e-4, 1e-3, 5e-3):
+        for beta in (0.0, 0.08, 0.3):
+            row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
+            settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, eval_every=0,
+                            **flow.steps(train_ppo, 0.5))
+            try:
+                lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings))
+            except Fault as fault:
+                rows.append(row | {"first_warning": str(fault)})
+                continue
+            last = {name: float(np.mean([line[name] for line in lines[-3:]]))
+                    for name in ("gold", "reward", "kl", "entropy", "length", "ended", "repetition")}
+            rows.append(row | last | {"gold_before": lines[0]["gold"]} | first_warning(lines))
+    return rows
+
+
+def first_warning(lines: list[dict]) -> dict:
+    """The iteration at which the log first warns, and with which words."""
+    for line in lines:
+        if signs := train_ppo.warnings_of(line, lines[0]):
+            return {"warned_at": line["step"], "first_warning": "; ".join(signs)}
+    return {}
+
+
+def hackable(flow: Flow) -> list[dict]:
+    """PPO finds what a planted reward really pays for, and the log's warning line names it."""
+    reward = str(Path(__file__).resolve().parent / "planted.py") + ":more_commas"
+    folder = flow.train(train_ppo, "ppo_commas", init=flow.sft(), reward=os.path.relpath(reward), ptx=0.0,
+                        beta=0.02)
+    lines = metrics_of(folder)
+    shown = ("step", "reward", "gold", "kl", "entropy", "length", "ended", "repetition")
+    return [{"row": name, **{key: line[key] for key in shown}, **first_warning(lines)}
+            for name, line in (("before", lines[0]), ("after", lines[-1]))]
+
+
+MEASUREMENTS = (rl_against_sft, relevance, diversity, ptx, over_optimisation, reward_model_accuracy,
+                reward_model_boundary, stability, hackable)

@@ -1,0 +1,190 @@
+"""The measurements of claims.py about structures, pretraining and supervised fine-tuning."""
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flow import Flow, metrics_of
+
+import checkpoint
+import common
+import corpus
+import data
+import evaluate
+import labeller
+import masks
+import model as model_file
+import objectives
+import train_pretrain
+import train_sft
+from generate import generate
+
+# ---- the three structures ----------------------------------------------------------------------------------
+
+STRUCTURES = {"causal, next token": dict(structure="causal"),
+              "causal, prefix LM": dict(structure="causal", objective="prefix_lm"),
+              "causal, prefix LM, source half counted": dict(structure="causal", objective="prefix_lm",
+                                                             source_weight=0.5),
+              "prefix, prefix LM": dict(structure="prefix", objective="prefix_lm"),
+              "encoder-decoder, twice the parameters": dict(structure="encdec", objective="prefix_lm"),
+              "encoder-decoder, as many parameters": dict(structure="encdec", objective="prefix_lm", layers=1,
+                                                          width=160)}
+
+
+def structures(flow: Flow) -> list[dict]:
+    """One budget of tokens, three structures: loss on texts and on summaries, speed, long continuations."""
+    rows = []
+    for k, (name, settings) in enumerate(STRUCTURES.items()):
+        steps = flow.steps(train_pretrain, 0.25)
+        pretrain = flow.train(train_pretrain, f"structure_{k}", **settings, **steps, eval_every=0)
+        sft = flow.sft(f"structure_{k}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.2))
+        model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
+        row = {"row": name, "parameters": model_file.parameter_count(model),
+               "counted_per_step": line["counted"], "seconds": line["seconds"],
+               "loss_summary": metrics_of(sft)[-1]["loss"], **summaries(flow, sft),
+               **continuations(flow, pretrain, model)}
+        rows.append(row)
+    return rows
+
+
+def summaries(flow: Flow, sft: str) -> dict[str, float]:
+    """The labeller's score of greedy one-line summaries of held-out functions: understanding what is read."""
+    loaded, judge = text_of(flow, train_sft, sft), judge_of(flow, sft)
+    prompts, decode = [example.source for example in loaded.held_out[:200]], loaded.tokenizer.decode
+    answers = generate(checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature=0.0)
+    pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
+    return {"gold_greedy": float(np.mean([judge.gold(*pair) for pair in pairs])),
+            "about_greedy": float(np.mean([labeller.about(*pair) for pair in pairs]))}
+
+
+def text_of(flow: Flow, stage, folder: str, **settings):
+    """The data of a run, loaded as it loads them."""
+    saved = json.loads((Path(folder) / "config.json").read_text())
+    config = stage.Config(**{name: saved[name] for name in vars(stage.Config())} | settings)
+    with contextlib.redirect_stdout(None):
+        return stage.load_data(config, common.Run(Path(folder), torch.device("cpu"), torch.float32))
+
+
+def judge_of(flow: Flow, folder: str) -> labeller.Labeller:
+    records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
+    train, _ = corpus.split(records, checkpoint.held_out_names(folder))
+    return labeller.Labeller(data.texts_of(train))
+
+
+@torch.no_grad()
+def continuations(flow: Flow, folder: str, model) -> dict[str, float]:
+    """Held-out texts cut after 32 tokens: nats per token of what follows, near and far; the share of repeated
+    word pairs in sampled continuations; seconds per generated token.
+    """
+    context = 64 if flow.config.tiny else 160
+    loaded = text_of(flow, train_pretrain, folder, objective="next_token", eval_size=2000)
+    texts = [text for example in loaded.held_out for text in example.targets if len(text) >= context][:100]
+    examples = [data.Example(text[:32], [text[32:context]]) for text in texts]
+    structure, nats, place = model.config.structure, [], []
+    for start in range(0, len(examples), 32):
+        batch = data.lay_out(examples[start:start + 32], structure, context + 2, loaded.tokenizer)
+        logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
+        nats.append(-objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask]))
+        place.append(batch.positions_2d[1][batch.loss_mask])
+    nats, place = torch.cat(nats), torch.cat(place)
+    found = {f"loss_{low}_{high}": float(nats[(place >= low) & (place < high)].mean())
+             for low, high in ((0, 16), (16, 64), (64, 128)) if high <= context}
+    begun = time.perf_counter()
+    written = generate(model, [example.source for example in examples[:50]], loaded.tokenizer, context - 32,
+                       generator=torch.Generator().manual_seed(flow.seed))
+    seconds = time.perf_counter() - begun
+    lines = [loaded.tokenizer.decode(answer) for answer in written]
+    pairs = [evaluate.distinct([line]) for line in lines if len(line.split()) > 3]
+    return {**found, "repeated_pairs": 1 - float(np.mean(pairs)),
+            "ms_per_generated_token": 1000 * seconds / max(1, sum(map(len, written)))}
+
+
+# ---- pretraining -------------------------------------------------------------------------------------------
+
+def pretraining_settings(flow: Flow) -> list[dict]:
+    """Pretraining is sensitive to its settings: learning rate x warm-up x batch, at equal tokens."""
+    rows = []
+    for batch_size, share in ((4, 0.125), (16, 0.125 / 4)):
+        for warmup in (1, 50):
+            for lr in (3e-4, 3e-3, 3e-2, 1e-1):
+                steps = flow.steps(train_pretrain, share) | dict(warmup=warmup)
+                name = f"pretrain_batch{batch_size}_warmup{warmup}_lr{lr:g}"
+                folder = flow.train(train_pretrain, name, batch_size=batch_size, lr=lr, eval_every=0, **steps)
+                rows.append({"row": f"batch {batch_size}, warm-up {warmup}, lr {lr:g}", "lr": lr,
+                             "bits_per_byte": metrics_of(folder)[-1]["bits_per_byte"]})
+    return rows
+
+
+def width_transfer(flow: Flow) -> list[dict]:
+    """The best learning rate of a narrow model is not that of a wide one."""
+    rows = []
+    for width in (64, 128, 256):
+        for lr in (1e-3, 3e-3, 1e-2):
+            folder = flow.train(train_pretrain, f"pretrain_width{width}_lr{lr:g}", width=width, lr=lr,
+                                eval_every=0, **flow.steps(train_pretrain, 0.08))
+            rows.append({"row": f"width {width}, lr {lr:g}", "width": width, "lr": lr,
+                         "bits_per_byte": metrics_of(folder)[-1]["bits_per_byte"]})
+    return rows
+
+
+# ---- supervised fine-tuning --------------------------------------------------------------------------------
+
+def pairs_of(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]]:
+    """(training pairs in a random order, held-out pairs)."""
+    records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
+    train, held_out = corpus.split(records, checkpoint.held_out_names(flow.pretrain()))
+    return [train[i] for i in np.random.default_rng(flow.seed).permutation(len(train))], held_out
+
+
+def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init: str, share: float) -> dict:
+    """SFT on these pairs alone; loss on the held-out human answers, and the score of greedy ones."""
+    path = flow.folder / f"{name}.jsonl"
+    if not path.exists():
+        kept = [(r.prompt, r.response) for r in held_out[:600]]
+        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs + kept]
+        common.write_atomically(path, "\n".join(lines).encode())
+    sft = flow.sft(name, init=init, data=str(path), eval_every=0, **flow.steps(train_sft, share))
+    return {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
+
+
+def random_base(flow: Flow) -> str:
+    """A base model that has seen one step of text at a learning rate of nothing."""
+    return flow.train(train_pretrain, "pretrain_none", steps=1, warmup=0, lr=0.0, eval_every=0)
+
+
+def pretraining_for_sft(flow: Flow) -> list[dict]:
+    """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model."""
+    train, held_out = pairs_of(flow)
+    rows = []
+    for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
+        for part in (64, 16, 4, 1):
+            n = max(8, len(train) // part)
+            pairs = [(r.prompt, r.response) for r in train[:n]]
+            figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init, 0.25)
+            rows.append({"row": f"{name}, 1/{part} of the pairs", "pairs": n, **figures})
+    return rows
+
+
+def sft_selection(flow: Flow) -> list[dict]:
+    """SFT data must be chosen: subsets of equal size, random, longest, scored, noisy."""
+    train, held_out = pairs_of(flow)
+    n = max(8, len(train) // 8)
+    judge, rng = judge_of(flow, flow.pretrain()), np.random.default_rng(flow.seed)
+    gold = {id(r): judge.gold(r.prompt, r.response) for r in train}
+    shuffled = [train[i].response for i in rng.permutation(n // 2)]
+    half = [(r.prompt, response) for r, response in zip(train[:n // 2], shuffled)]
+    subsets = {"random": train[:n],
+               "the longest answers": sorted(train, key=lambda r: -len(r.response))[:n],
+               "the best by the guideline": sorted(train, key=lambda r: -gold[id(r)])[:n],
+               "the worst by the guideline": sorted(train, key=lambda r: gold[id(r)])[:n]}
+    pairs = {name: [(r.prompt, r.response) for r in chosen] for name, chosen in subsets.items()}
+    pairs["half of the answers shuffled"] = half + pairs["random"][n // 2:]
+    return [{"row": name, "pairs": len(chosen),
+             **tuned_on(flow, f"sft_select_{k}", chosen, held_out, flow.pretrain(), 0.25)}
+            for k, (name, chosen) in enumerate(pairs.items())]
+
+
+MEASUREMENTS = (structures, pretraining_settings, width_transfer, pretraining_for_sft, sft_selection)

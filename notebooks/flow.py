@@ -1,0 +1,83 @@
+"""What the measurements of claims.py share: the runs of one seed, trained once; figures of their answers."""
+import contextlib
+import fcntl
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluate                                 # noqa: E402  (the line above makes these importable)
+import train_pretrain                           # noqa: E402
+import train_ppo                                # noqa: E402
+import train_rm                                 # noqa: E402
+import train_sft                                # noqa: E402
+
+
+@dataclass
+class Flow:
+    """The runs of one seed. Each method trains what is missing and returns the folder."""
+    config: object                      # of claims.py
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out) / str(self.seed)
+
+    def train(self, stage, name: str, **settings) -> str:
+        """stage.main with these settings, its output in <name>.txt. One process at a time may train a run."""
+        out = self.folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shared = dict(data=self.config.data, seed=self.seed, tiny=self.config.tiny, dtype="fp32",
+                      device="cpu", out=str(out))
+        with open(self.folder / f"{name}.txt", "a") as file, contextlib.redirect_stdout(file):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            stage.main(stage.Config(**shared | settings))
+        return str(out)
+
+    def pretrain(self) -> str:
+        return self.train(train_pretrain, "pretrain")
+
+    def sft(self, name: str = "sft", **settings) -> str:
+        return self.train(train_sft, name, **dict(init=self.pretrain()) | settings)
+
+    def rm(self, name: str = "rm", **settings) -> str:
+        return self.train(train_rm, name, init=self.sft(), **settings)
+
+    def ppo(self, name: str = "ppo", **settings) -> str:
+        settings = dict(reward=settings.get("reward") or self.rm()) | settings
+        return self.train(train_ppo, name, init=self.sft(), **settings)
+
+    def steps(self, stage, share: float) -> dict[str, int]:
+        """This share of the stage's steps, with a warm-up as long as it allows."""
+        steps = stage.Config.TINY["steps"] if self.config.tiny else stage.Config.steps
+        return dict(steps=max(2, round(share * steps)), warmup=max(1, round(share * steps / 6)))
+
+    def study(self) -> evaluate.Study:
+        """Held-out prompts, the human answers, the labeller, SFT as reference, the reward model."""
+        self.ppo()
+        return evaluate.load_study(evaluate.Config(
+            runs=str(self.folder), data=self.config.data, prompts=self.config.prompts,
+            best_of=self.config.best_of, max_new=16 if self.config.tiny else 40, device="cpu",
+            tiny=self.config.tiny))[0]
+
+
+def rivals_of(study: evaluate.Study) -> dict[str, np.ndarray]:
+    """The gold scores that win rates are counted against."""
+    return {"human": evaluate.golds_of(study, study.human),
+            "sft": evaluate.golds_of(study, evaluate.answers_of(study, study.reference, 1.0))}
+
+
+def rows_of(study: evaluate.Study, rivals: dict, models: dict[str, torch.nn.Module]) -> dict[str, dict]:
+    """Name -> the report's figures of its answers at temperature 1 and greedy."""
+    return {name: evaluate.row_of(study, evaluate.answers_of(study, model, 1.0),
+                                  evaluate.answers_of(study, model, 0.0), model, rivals)
+            for name, model in models.items()}
+
+
+def metrics_of(folder: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
