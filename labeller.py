@@ -155,15 +155,21 @@ class Labeller:
         return gold_a - gold_b >= TIE
 
 
-def collect_rankings(config, run, tokenizer, records: list[Record], sft,
-                     labeller: Labeller) -> list[data.Example]:
+def collect_rankings(config, run, tokenizer, records: list[Record], sft, labeller: Labeller,
+                     training: bool) -> list[data.Example]:
     """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft,
     ranked.
+
+    In training, config.mismatched human answers to other prompts are ranked among them: these are written
+    well and speak about something else, which a reward model must not overlook, and samples rarely show by
+    itself; and a share config.label_noise of the comparisons is in the wrong order.
 
     Records that bring their own comparison (chosen, rejected) are taken as they are.
     """
     if not 2 <= config.answers <= 9:
         raise UserError(f"answers is {config.answers}; it must be 2 to 9")
+    if config.mismatched < 0:
+        raise UserError(f"mismatched is {config.mismatched}; it must not be negative")
     if not 0 <= config.label_noise <= 0.5:
         raise UserError(f"label_noise is {config.label_noise}; it must be 0 to 0.5, where no order is left")
     given = data.token_rows(run, tokenizer, [r for r in records if r.chosen],
@@ -171,14 +177,15 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft,
     ranked = [row._replace(ranking=(1.0, 0.0)) for row in given]
     pairs = data.token_rows(run, tokenizer, [r for r in records if r.response], ("prompt", "response"),
                             config.context - config.max_new)
-    n = config.answers - 1
+    n, mismatched = config.answers - 1, config.mismatched * training
     prompts = [pair.source for pair in pairs for _ in range(n)]
     samples = generate_many(run, sft, prompts, tokenizer, config.max_new, config.temperature, config.seed)
     for i, pair in enumerate(pairs):
-        prompt, answers = pair.source, pair.targets + samples[i * n:(i + 1) * n]
+        others = [pairs[(i + k) % len(pairs)].targets[0][:config.max_new] for k in range(1, mismatched + 1)]
+        prompt, answers = pair.source, pair.targets + samples[i * n:(i + 1) * n] + others
         ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])
         ranked.append(pair._replace(targets=answers, ranking=tuple(ranking), human=True))
-    return ranked
+    return with_mistakes(ranked, config.label_noise, config.seed) if training else ranked
 
 
 def with_mistakes(examples: list[data.Example], label_noise: float, seed: int) -> list[data.Example]:

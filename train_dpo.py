@@ -25,7 +25,7 @@ import model as model_file
 import objectives
 from errors import UserError
 from generate import generate, generate_many
-from labeller import TIE, Labeller, agreement, collect_rankings, with_mistakes
+from labeller import TIE, Labeller, agreement, collect_rankings
 from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
@@ -39,6 +39,7 @@ class Config:
     beta: float = 0.1                   # price of a nat of log-ratio to the reference, in units of reward
     prompts: int = 6000                 # prompts whose answers are ranked
     answers: int = 5                    # answers to each, the human one among them: the paper's K
+    mismatched: int = 1                 # human answers to other prompts, ranked among them in training
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
     label_noise: float = 0.0            # share of training comparisons in the wrong order; people: 0.13-0.16
@@ -97,9 +98,8 @@ def load_data(config: Config, run: common.Run) -> Data:
     rng = np.random.default_rng(config.seed)
     train = [train[i] for i in rng.permutation(len(train))[:config.prompts]]
     held_out = [held_out[i] for i in rng.permutation(len(held_out))[:config.eval_size]]
-    sequences = [collect_rankings(config, run, tokenizer, part, sft, labeller)
+    sequences = [collect_rankings(config, run, tokenizer, part, sft, labeller, training=part is train)
                  for part in (train, held_out)]
-    sequences[0] = with_mistakes(sequences[0], config.label_noise, config.seed)
     data.require(sequences, config.batch_size, config,
                  wanted="comparisons (.jsonl with prompt + chosen + rejected) or pairs to sample from")
     wrong = sum(len(example.mistakes) for example in sequences[0])

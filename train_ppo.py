@@ -40,7 +40,7 @@ class Config:
     out: str = "runs/ppo"               # run folder
     no_end: float = 1.0                 # taken off the score of an answer that does not end
     score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
-    beta: float = 0.08                  # price of a nat of KL to the reference, in units of reward
+    beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
     kl_estimator: str = "k1"            # of a token's KL, in the reward: k1, k2, k3
     whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
@@ -52,7 +52,7 @@ class Config:
     value_clip: float = 0.2             # the value may move this far from its old value
     value_init: str = "reward"          # weights of the value model: reward; sft, under a head of zeros
     value_lr: float = 5e-4              # highest learning rate of the value model
-    ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
+    ptx: float = 0.4                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
     kl_stop: float = 0.0                # end them where the policy has moved this far, nats a token, 0: never

@@ -61,9 +61,10 @@ def best_answers(flow: Flow, study: evaluate.Study) -> str:
 def relevance(flow: Flow) -> list[dict]:
     """What PPO costs in relevance (the share of the identifier's words), and what wins it back."""
     study = flow.study()
+    plain = flow.rm("rm_not_mismatched", mismatched=0)
     folders = {"ppo": flow.ppo(), "ptx 0": flow.ppo("ppo_no_ptx", ptx=0.0),
-               "ptx 1": flow.ppo("ppo_ptx_1", ptx=1.0), "beta 0.05": flow.ppo("ppo_beta_0.05", beta=0.05),
-               "beta 0.15": flow.ppo("ppo_beta_0.15", beta=0.15)}
+               "ptx 1": flow.ppo("ppo_ptx_1", ptx=1.0), "beta 0.1": flow.ppo("ppo_beta_0.1", beta=0.1),
+               "reward model without mismatched answers": flow.ppo("ppo_not_mismatched", reward=plain)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
     return [{"row": name, **row} for name, row in rows.items()]
@@ -235,7 +236,7 @@ def stability(flow: Flow) -> list[dict]:
     """Learning rate x price of the KL: where PPO fails, and what the log shows first."""
     rows = []
     for lr in (2e-4, 1e-3, 5e-3):
-        for beta in (0.0, 0.08, 0.3):
+        for beta in (0.0, 0.05, 0.3):
             row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
             settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, eval_every=0,
                             **flow.steps(train_ppo, 0.5))

@@ -17,6 +17,7 @@ import objectives
 import train_dpo
 import train_rm
 from conftest import STRUCTURES, random_tokens
+from errors import UserError
 
 
 def ranked_examples(n: int, K: int = 5) -> list[data.Example]:
@@ -63,6 +64,30 @@ def test_mistakes_belong_to_the_pair_and_the_seed():
 
 
 # ---- ties, agreement, length -------------------------------------------------------------------------------
+
+def test_answers_to_other_prompts_are_ranked_too(tokenizer, monkeypatch):
+    """mismatched=2: each prompt's own answer, its samples, then the human answers of the two that follow it,
+    all in the labeller's order; none of them is the prompt's own.
+    """
+    monkeypatch.setattr(labeller, "generate_many", lambda run, model, prompts, tokenizer, *_:
+                        [tokenizer.encode(f"sample {k}") for k in range(len(prompts))])
+    records = [corpus.Record(f"f{k}", prompt=f"def read_{noun}():\n", response=f"Read the {noun}.")
+               for k, noun in enumerate(("mask", "token", "row", "page"))]
+    config, run = train_rm.Config(answers=3, mismatched=2, max_new=16), common.Run(None, torch.device("cpu"), torch.float32)
+    judge = SimpleNamespace(rank=lambda prompt, answers: [float(len(answer)) for answer in answers])
+    found = labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=True)
+    human = [example.targets[0] for example in found]
+    for i, example in enumerate(found):
+        texts = [tokenizer.decode(answer) for answer in example.targets]
+        assert texts[1:3] == [f"sample {2 * i}", f"sample {2 * i + 1}"]
+        assert example.targets[3:] == [human[(i + 1) % 4][:16], human[(i + 2) % 4][:16]]
+        assert example.ranking == tuple(map(float, map(len, texts)))
+    held_out = labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=False)
+    assert all(len(example.targets) == 3 for example in held_out)
+    with pytest.raises(UserError, match="mismatched is -1"):
+        config.mismatched = -1
+        labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=True)
+
 
 def test_a_tie_counts_nowhere():
     """A gap below TIE: no loss, no gradient, no pair of the accuracy, whichever the scores prefer."""

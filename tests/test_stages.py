@@ -295,7 +295,7 @@ dist.destroy_process_group()
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is tested on Linux and macOS")
 @one_structure
 def test_two_ranks_equal_one(flow, package, tmp_path, monkeypatch):
-    """With the same global batch two ranks log the same losses, gradients and samples' figures as one process."""
+    """With the same global batch two ranks log the same losses, gradients and PPO figures as one process."""
     runs, stages, _ = flow
     monkeypatch.setattr(train_ppo, "generate", greedy)
     main, config = stages[3]
@@ -306,7 +306,8 @@ def test_two_ranks_equal_one(flow, package, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     str(tmp_path / "driver.py")], check=True, capture_output=True, timeout=240,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for stage, alone in (("pretrain", runs), ("sft", runs), ("rm", runs), ("dpo", runs), ("ppo", tmp_path / "one")):
+    for stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        alone = tmp_path / "one" if stage == "ppo" else runs
         ones, twos = ([json.loads(line) for line in (where / stage / "metrics.jsonl").read_text().splitlines()]
                       for where in (alone, tmp_path / "two"))
         for one, two in zip(ones, twos, strict=True):
