@@ -78,7 +78,7 @@ def load_model(folder: str, context: int = 0) -> LanguageModel | ScalarModel:
         model.load_state_dict(state["model"], assign=True)
     except RuntimeError:
         raise UserError(f"{folder} was written by another version of this program; train it anew") from None
-    return model
+    return model.float()                       # published weights are kept in the format they came in
 
 
 def load_tokenizer(folder: str, first: str) -> Tokenizer:
