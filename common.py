@@ -304,12 +304,11 @@ class Log:
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds")))
         if not names:
             return
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure       # not pyplot: a notebook keeps its own backend
         n_columns = min(3, len(names))
         n_rows = math.ceil(len(names) / n_columns)
-        figure, axes = plt.subplots(n_rows, n_columns, figsize=(4 * n_columns, 2.6 * n_rows), squeeze=False)
+        figure = Figure(figsize=(4 * n_columns, 2.6 * n_rows))
+        axes = figure.subplots(n_rows, n_columns, squeeze=False)
         for axis, name in zip(axes.flat, names):
             points = [(row["step"], row[name]) for row in rows if name in row]
             axis.plot(*zip(*points), marker=".", markersize=3, linewidth=1)
@@ -321,7 +320,6 @@ class Log:
             axis.set_xlabel("step")
         figure.tight_layout()
         figure.savefig(self.run.folder / "curves.png", dpi=110)
-        plt.close(figure)
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,7 @@
 """What train_ppo.py offers beyond its defaults: rewards of one's own, ways to estimate, brakes, warnings."""
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,3 +180,21 @@ def test_warnings_name_what_has_changed():
         warning, = train_ppo.warnings_of(first | {name: value}, first)
         assert word in warning
     assert train_ppo.warnings_of(first | {"reward": 9.0}, first) == []
+
+
+@pytest.mark.parametrize("samples, settings", [(1, dict(kl_target=6.0)), (2, dict(advantage="rloo", ptx=0.0))])
+def test_the_glossary_names_every_column_of_the_log(samples, settings, random_model, tokenizer):
+    """Notebook 6 explains what an iteration and an evaluation log, and nothing that is not logged."""
+    path = Path(__file__).parent.parent / "notebooks" / "6_ppo.ipynb"
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+    glossary = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    config = train_ppo.Config(batch_size=4, minibatch_size=2, ptx_size=2, max_new=4, row=16, samples=samples,
+                              **settings)
+    policy = random_model("causal").requires_grad_()
+    model = train_ppo.FourModels(policy, networks.ScalarModel(random_model("causal")))
+    pairs = [data.Example(random_tokens(3), [random_tokens(3) + [tokenizer.end]]) for _ in range(4)]
+    loaded = train_ppo.Data(tokenizer, pairs, pairs, set(), pairs, SimpleNamespace(gold=lambda *_: 0.0))
+    optimizer = train_ppo.build_optimizer(config, model)
+    logged = {"step", "seconds", *train_ppo.train_step(config, RUN, loaded, model, optimizer, 0),
+              *train_ppo.evaluate(config, RUN, loaded, model)}
+    assert logged <= glossary and glossary - logged <= {"beta"}
