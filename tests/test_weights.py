@@ -429,6 +429,8 @@ def test_a_missing_package_is_asked_for_in_a_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, sentence", [
     (lambda folder: (folder / "merges.txt").unlink(), "neither tokenizer.json nor vocab.json"),
+    (lambda folder: (folder / "vocab.json").rename(folder / "tokenizer.model"),
+     "Of a tokenizer.model .*AutoTokenizer.from_pretrained"),
     (lambda folder: (folder / "merges.txt").write_text("a zz"), "merges to 'azz'"),
     (lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), "no token for 255 of the 256 bytes"),
     (lambda folder: (folder / "vocab.json").write_text("{"), "cannot be read")])
@@ -550,7 +552,11 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path, random_model, tokenizer):
                              ("bart", "one of gpt2")):
         with pytest.raises(ValueError, match=sentence):
             command(f"export {run.folder} {tmp_path / 'out'} --layout {layout}")
-    checkpoint.save(run, 2, config, model.config, model=networks.ScalarModel(model))
+    bart = networks.preset("bart-base", layers=1, width=20, heads=4, head_width=5, vocab=400, max_positions=9)
+    checkpoint.save(run, 2, config, bart, model=networks.build(bart))
+    with pytest.raises(ValueError, match="run is no llama: heads 4 have head_width 5"):
+        command(f"export {run.folder} {tmp_path / 'out'} --layout llama")
+    checkpoint.save(run, 3, config, model.config, model=networks.ScalarModel(model))
     with pytest.raises(ValueError, match="reward model"):
         command(f"export {run.folder} {tmp_path / 'out'} --layout llama")
     assert not (tmp_path / "out").exists()
