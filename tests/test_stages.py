@@ -76,7 +76,10 @@ def flow(request, package, tmp_path_factory):
     """All stages of one structure: (run folders, configs, last log lines)."""
     runs = tmp_path_factory.mktemp(request.param)
     stages = stage_configs(request.param, package, runs)
-    return runs, stages, [main(config) for main, config in stages]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "causal":              # drawing takes longer than training, and knows no structure
+            patch.setattr(common.Log, "curves", lambda log: None)
+        return runs, stages, [main(config) for main, config in stages]
 
 
 def test_every_stage_with_every_structure(flow):
@@ -85,8 +88,8 @@ def test_every_stage_with_every_structure(flow):
     for (_, config), row in zip(stages, last):
         assert row["step"] == config.steps and all(torch.isfinite(torch.tensor(float(v)))
                                                    for v in row.values())
-        for name in ("config.json", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.tiktoken",
-                     "held_out.json"):
+        for name in ("config.json", "metrics.jsonl", "samples.txt", "tokenizer.tiktoken", "held_out.json",
+                     *["curves.png"] * (stages[0][1].structure == "causal")):
             assert (Path(config.out) / name).stat().st_size > 0, name
 
 
@@ -240,8 +243,8 @@ OWN_OBJECTIVE = {"gpt2": "next_token", "llama2-70b": "next_token", "baichuan-13b
 def test_every_family_learns_by_its_own_objective(preset, objective, package, tmp_path):
     """Scaled down, each family goes through all stages, and learns more than how often tokens occur."""
     stages = stage_configs("causal", package, tmp_path)
-    sizes = dict(preset=preset, structure="", objective=objective, layers=2, heads=4, width=32, steps=60, lr=1e-2,
-                 eval_every=0, save_every=0)
+    sizes = dict(preset=preset, structure="", objective=objective, layers=2, heads=4, width=32, lr=1e-2,
+                 steps=60 if objective in ("span_corruption", "u_palm") else 40, eval_every=0, save_every=0)
     pretrain, config = stages[0]
     loss = pretrain(type(config)(**{**vars(config), **sizes}))["loss"]
     loaded = train_pretrain.load_data(config, common.Run(tmp_path, torch.device("cpu"), torch.float32))
