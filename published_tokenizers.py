@@ -129,9 +129,10 @@ def read_content(folder: Path) -> dict:
                               "merges": lines}, "pre_tokenizer": {"type": "ByteLevel"}}
     except ValueError as error:
         raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
-    raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt. The transformers "
-                    "package makes the first of a tokenizer.model: AutoTokenizer.from_pretrained(...)"
-                    ".save_pretrained(...)")
+    raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt. Of a "
+                    "tokenizer.model or spiece.model the first is made once, after pip install transformers "
+                    f"sentencepiece protobuf: AutoTokenizer.from_pretrained({str(folder)!r})"
+                    f".save_pretrained({str(folder)!r})")
 
 
 def byte_level(content: dict) -> bool:

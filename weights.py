@@ -302,8 +302,11 @@ def export_folder(config: Config) -> None:
         raise UserError(f"{run} holds no language model; a reward model has no published layout")
     model_config = ModelConfig(**state["model_config"])
     c = layout.write_config(model_config)
-    back = dataclasses.replace(layout.read_config(c), init=model_config.init,
-                               embedding_gradient=model_config.embedding_gradient)
+    try:
+        back = dataclasses.replace(layout.read_config(c), init=model_config.init,
+                                   embedding_gradient=model_config.embedding_gradient)
+    except UserError as error:
+        raise UserError(f"{run} is no {config.layout}: {error}") from None
     lost = [f"{name} {value!r}" for name, value in vars(model_config).items() if getattr(back, name) != value]
     if lost:
         raise UserError(f"{run} is no {config.layout}: that layout has no place for {', '.join(lost)}")
@@ -313,7 +316,7 @@ def export_folder(config: Config) -> None:
     write_safetensors(out / "model.safetensors", to_published(state["model"], layout, model_config),
                       {"format": "pt"})
     common.write_atomically(out / "config.json", (json.dumps(c, indent=1) + "\n").encode())
-    print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}")
+    print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}; without a tokenizer")
 
 
 def parse(argv: list[str]) -> Config:

@@ -33,6 +33,12 @@ def isolated(tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def no_curves(monkeypatch):
+    """curves.png takes longer than the steps of a tiny model; test_stages.py sees it drawn by every stage."""
+    monkeypatch.setattr(common.Log, "curves", lambda log: None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> tokenizer_file.Tokenizer:
     """A byte-level BPE of twenty merges."""

@@ -17,6 +17,8 @@ import layouts
 import masks
 import model as networks
 import published_tokenizers
+import train_ppo
+import train_rm
 import train_sft
 import weights
 from model import KVCache
@@ -427,6 +429,8 @@ def test_a_missing_package_is_asked_for_in_a_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, sentence", [
     (lambda folder: (folder / "merges.txt").unlink(), "neither tokenizer.json nor vocab.json"),
+    (lambda folder: (folder / "vocab.json").rename(folder / "tokenizer.model"),
+     "Of a tokenizer.model .*AutoTokenizer.from_pretrained"),
     (lambda folder: (folder / "merges.txt").write_text("a zz"), "merges to 'azz'"),
     (lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), "no token for 255 of the 256 bytes"),
     (lambda folder: (folder / "vocab.json").write_text("{"), "cannot be read")])
@@ -487,23 +491,38 @@ def test_import_and_export_give_the_same_file(name, layout, kind, tmp_path):
     assert before.specials == after.specials
 
 
-@pytest.mark.parametrize("name, kind", [("llama", "gpt2"), ("bart", "bart")])
-def test_later_stages_go_on_from_an_imported_run(name, kind, tmp_path, monkeypatch):
-    """generate.py and train_sft.py; the padded part of the vocabulary is never drawn."""
+@pytest.mark.parametrize("name, kind", [("gpt2", "gpt2"), ("llama", "split"), ("bart", "bart"), ("t5", "bart")])
+def test_every_later_stage_goes_on_from_an_imported_run(name, kind, no_curves, tmp_path, monkeypatch):
+    """generate.py, SFT, reward model, PPO; the padded part of the vocabulary is never drawn, and a sequence longer
+    than the learned positions is refused before anything is written.
+    """
     monkeypatch.chdir(tmp_path)
     command(f"import {put_checkpoint(tmp_path / 'published', name, kind)} runs/imported")
     texts = generate.main(generate.Config(run="runs/imported", prompt="def f(x):", max_new=10, device="cpu"))
     assert isinstance(texts[0], str)
     pairs = [{"prompt": f"{i}?", "response": f"{i}!"} for i in range(40)]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    result = train_sft.main(train_sft.Config(
-        data="pairs.jsonl", init="runs/imported", out="runs/sft", steps=3, batch_size=4, context=20, row=20,
-        warmup=1, eval_every=3, eval_size=4, save_every=3, device="cpu", dtype="fp32", ranks=1, lr=1e-3))
-    assert result["step"] == 3
-    loaded = checkpoint.load_model("runs/sft")
-    assert loaded.config == checkpoint.load_model("runs/imported").config
-    before, after = (checkpoint.load_tokenizer(run, "") for run in ("runs/imported", "runs/sft"))
-    assert before.begin == after.begin and before.ranks == after.ranks
+    few = dict(data="pairs.jsonl", steps=1, batch_size=4, context=20, row=20, warmup=1, eval_every=0, eval_size=4,
+               save_every=0, device="cpu", dtype="fp32", ranks=1, lr=1e-3)
+    if name in ("gpt2", "bart"):
+        with pytest.raises(ValueError, match="has learned 99 positions; context 100 is longer"):
+            train_sft.main(train_sft.Config(**few | {"context": 100}, init="runs/imported", out="runs/sft"))
+        with pytest.raises(ValueError, match="the model has 99 positions; a prompt of"):
+            generate.main(generate.Config(run="runs/imported", prompt="?", max_new=100, device="cpu"))
+        assert not Path("runs/sft").exists()
+    last = [train_sft.main(train_sft.Config(**few, init="runs/imported", out="runs/sft")),
+            train_rm.main(train_rm.Config(**few, init="runs/sft", out="runs/rm", prompts=8, answers=3, max_new=6)),
+            train_ppo.main(train_ppo.Config(**few, init="runs/sft", reward="runs/rm", out="runs/ppo", max_new=6,
+                                            minibatch_size=4, ptx_size=4))]
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in last)
+    published = checkpoint.load_tokenizer("runs/imported", "")
+    for run in ("runs/sft", "runs/rm", "runs/ppo"):
+        assert checkpoint.load_model(run).config == checkpoint.load_model("runs/imported").config
+        assert vars(checkpoint.load_tokenizer(run, "")).keys() == vars(published).keys()
+        assert checkpoint.load_tokenizer(run, "").settings == published.settings
+    if name != "bart":
+        command(f"export runs/ppo out --layout {name}")
+        assert weights.read_folder(Path("out")).keys() == weights.read_folder(Path("published")).keys()
 
 
 @pytest.mark.parametrize("spoil, sentence", [
@@ -533,7 +552,11 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path, random_model, tokenizer):
                              ("bart", "one of gpt2")):
         with pytest.raises(ValueError, match=sentence):
             command(f"export {run.folder} {tmp_path / 'out'} --layout {layout}")
-    checkpoint.save(run, 2, config, model.config, model=networks.ScalarModel(model))
+    bart = networks.preset("bart-base", layers=1, width=20, heads=4, head_width=5, vocab=400, max_positions=9)
+    checkpoint.save(run, 2, config, bart, model=networks.build(bart))
+    with pytest.raises(ValueError, match="run is no llama: heads 4 have head_width 5"):
+        command(f"export {run.folder} {tmp_path / 'out'} --layout llama")
+    checkpoint.save(run, 3, config, model.config, model=networks.ScalarModel(model))
     with pytest.raises(ValueError, match="reward model"):
         command(f"export {run.folder} {tmp_path / 'out'} --layout llama")
     assert not (tmp_path / "out").exists()
