@@ -289,6 +289,7 @@ class Log:
         means = {name: sum(values) / len(values) for name, values in self.interval.items()}
         self.interval = {}
         self.last = row = {"step": step, **means, **metrics, "seconds": round(self.run.seconds(), 1)}
+        self.first = self.first or row
         if self.run.rank:
             return
         with open(self.path, "a") as file:

@@ -260,10 +260,9 @@ def as_table(report: dict, columns: tuple = COLUMNS) -> str:
 
 def draw(report: dict, path: Path) -> None:
     """Gold score with its interval, and what was paid for it: KL, entropy, loss."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    from matplotlib.figure import Figure           # not pyplot: a notebook keeps its own backend
+    figure = Figure(figsize=(11, 3.8))
+    left, right = figure.subplots(1, 2)
     for k, (name, label) in enumerate((("gold", "sampled at temperature 1"), ("gold_greedy", "greedy"))):
         rows = [row for row in ROWS if name == "gold" or row in ("base", "sft", "ppo")]
         x = [ROWS.index(row) + 0.18 * (2 * k - 1) for row in rows]
@@ -284,7 +283,6 @@ def draw(report: dict, path: Path) -> None:
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(config: Config) -> dict:

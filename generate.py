@@ -130,7 +130,8 @@ def never_drawn(model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
     """The tokens that no answer holds: the special ones but the end, and those by which a published
     vocabulary was padded. To sample without them is to sample from the distribution over all others.
     """
-    return sorted(set(range(model.config.vocab)) - set(tokenizer.text) - {tokenizer.end})
+    return [token for token in range(model.config.vocab) if token not in tokenizer.text
+            and token != tokenizer.end]
 
 
 @torch.no_grad()

@@ -178,10 +178,9 @@ def ascii_picture(n_source: int = 4, n_target: int = 4) -> str:
 
 def write_picture(path: str) -> None:
     """Draw the textbook figure into a file (png, pdf, svg)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6))
+    from matplotlib.figure import Figure           # not pyplot: a notebook keeps its own backend
+    figure = Figure(figsize=(10, 3.6))
+    axes = figure.subplots(1, 3)
     for axis, (name, mask) in zip(axes, textbook().items()):
         in_source = torch.arange(mask.shape[1])[None] < 4
         axis.imshow(mask.float() * (1 + (~in_source).float()), cmap="Blues", vmin=0, vmax=2.6)

@@ -370,7 +370,7 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
         done.append(update(config, run, loaded, model, optimizer, minibatches[i], number_in_run))
         if number == 0 and done[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
             raise Fault(f"on the first minibatch the ratio differs from 1 by {done[0]['off']:.2g}: "
-                               "the policy that learns is not the one that sampled")
+                        "the policy that learns is not the one that sampled")
         if config.kl_stop and done[-1]["moved"] > config.kl_stop:          # as in OpenAI's Spinning Up, 2018
             break
     means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
@@ -453,17 +453,18 @@ def warnings_of(now: dict[str, float], first: dict[str, float]) -> list[str]:
     first: the figures of the first iteration, when the policy was still the reference. Reward and loss do not
     tell; length, repetition, KL, entropy and the share of answers that end do (Zheng et al. 2023, section 4).
     """
-    signs = {
-        "answers are {length:.0f} tokens long, at first {first:.0f}":
-            not 0.6 < now["length"] / first["length"] < 1.5 and "length",
-        "{repetition:.0%} of the tokens of an answer repeat others, at first {first:.0%}":
-            now["repetition"] > first["repetition"] + 0.1 and "repetition",
-        "only {ended:.0%} of the answers end, at first {first:.0%}":
-            now["ended"] < first["ended"] - 0.1 and "ended",
-        "the entropy is {entropy:.2f} nats a token, at first {first:.2f}":
-            now["entropy"] < 0.5 * first["entropy"] and "entropy",
-        "the KL to the reference is {kl:.0f} nats an answer": now["kl"] > 15 and "kl"}
-    return [text.format(**now | {"first": first[name]}) for text, name in signs.items() if name]
+    signs = [
+        (not 0.6 < now["length"] / first["length"] < 1.5,
+         f"answers are {now['length']:.0f} tokens long, at first {first['length']:.0f}"),
+        (now["repetition"] > first["repetition"] + 0.1,
+         f"{now['repetition']:.0%} of the tokens of an answer repeat others, "
+         f"at first {first['repetition']:.0%}"),
+        (now["ended"] < first["ended"] - 0.1,
+         f"only {now['ended']:.0%} of the answers end, at first {first['ended']:.0%}"),
+        (now["entropy"] < 0.5 * first["entropy"],
+         f"the entropy is {now['entropy']:.2f} nats a token, at first {first['entropy']:.2f}"),
+        (now["kl"] > 15, f"the KL to the reference is {now['kl']:.0f} nats an answer")]
+    return [text for holds, text in signs if holds]
 
 
 def show_answer(config: Config, run: common.Run, loaded: Data, model) -> None:
@@ -503,7 +504,6 @@ def main(config: Config) -> dict[str, float]:
     show_answer(config, run, loaded, model)
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
-    first = log.first
     model.policy, model.value = (common.wrap(network, run, config.compile) for network in (policy, value))
 
     for step in run.progress(range(start, config.steps), "steps"):
@@ -515,8 +515,7 @@ def main(config: Config) -> dict[str, float]:
                             optimizer=optimizer)
         due = common.due(step + 1, config.eval_every, config.steps)
         log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
-        first = first or log.last
-        if signs := warnings_of(log.last, first):
+        if signs := warnings_of(log.last, log.first):
             run.print("look at samples: " + "; ".join(signs))
 
     log.curves()

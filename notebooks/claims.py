@@ -31,7 +31,7 @@ import common                                   # noqa: E402
 import corpus                                   # noqa: E402
 import hardware                                 # noqa: E402
 from errors import UserError                    # noqa: E402
-from flow import Flow                           # noqa: E402
+from flow import Flow, read_record              # noqa: E402
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
 QUALITY = ("gold", "gold_greedy", "about_greedy", "f1_greedy", "kl", "loss", "length")
@@ -65,11 +65,6 @@ def measured(config: Config, name: str, seed: int) -> list[dict]:
     return [{"claim": name, "seed": seed,
              **{key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}}
             for row in rows]
-
-
-def read_record(path: str | Path) -> list[dict]:
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
@@ -114,18 +109,17 @@ def main(config: Config) -> list[dict]:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(hardware.cores(), context) as pool:
-        jobs = {pool.submit(measured, config, name, seed): name for name in wanted for seed in seeds}
+        jobs = [pool.submit(measured, config, name, seed) for name in wanted for seed in seeds]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
             records += job.result()
             records.sort(key=lambda row: (names.index(row["claim"]), row["seed"]))
             text = "".join(f"{json.dumps(row)}\n" for row in records)
             common.write_atomically(Path(config.record), text.encode())
     for name in wanted:
-        found = [row for row in records if row["claim"] == name]
         print(f"\n## {name}\n\n{table_of(records, name)}")
     if "over_optimisation" in wanted:
         claims_rl.draw_over_optimisation([row for row in records if row["claim"] == "over_optimisation"],
-                               Path(config.record).with_name("over_optimisation.png"))
+                                         Path(config.record).with_name("over_optimisation.png"))
     machine = hardware.processor_name(torch.device("cpu"))
     print(f"\nwritten: {config.record}. {machine}, torch {torch.__version__}")
     return records

@@ -1,17 +1,14 @@
 """The measurements of claims.py about rewards and reinforcement learning."""
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from flow import Flow, metrics_of, rivals_of, rows_of
+from flow import Flow, data_of, metrics_of, rivals_of, rows_of, write_pairs
 
 import checkpoint
-import common
 import corpus
 import evaluate
 import train_dpo
@@ -53,8 +50,7 @@ def best_answers(flow: Flow, study: evaluate.Study) -> str:
         prompts = study.tokenizer.encode_all([record.prompt for record in chosen])
         answers = evaluate.best_of_n(dataclasses.replace(study, prompts=prompts))
         texts = [study.tokenizer.decode(answer) for answer in answers]
-        lines = [json.dumps({"prompt": r.prompt, "response": text}) for r, text in zip(chosen, texts) if text]
-        common.write_atomically(path, "\n".join(lines).encode())
+        write_pairs(path, [(record.prompt, text) for record, text in zip(chosen, texts) if text])
     return str(path)
 
 
@@ -78,13 +74,14 @@ def diversity(flow: Flow) -> list[dict]:
     rows = []
     for name, folder in folders.items():
         model = study.reference if name == "sft" else checkpoint.load_model(folder)
-        lines = [study.tokenizer.decode(a) for a in evaluate.answers_of(study, model, 1.0)]
+        answers = evaluate.answers_of(study, model, 1.0)
+        lines = [study.tokenizer.decode(answer) for answer in answers]
         few = study.prompts[:100]
         many = evaluate.answers_of(study, model, 1.0, [prompt for prompt in few for _ in range(8)])
         groups = [[study.tokenizer.decode(a) for a in many[i:i + 8]] for i in range(0, len(many), 8)]
         alike = [evaluate.overlap_f1(a, b) for group in groups for i, a in enumerate(group)
                  for b in group[:i]]
-        _, entropy = evaluate.logprobs_of(study, model, evaluate.answers_of(study, model, 1.0))
+        _, entropy = evaluate.logprobs_of(study, model, answers)
         rows.append({"row": name, "entropy": entropy, "distinct_1": evaluate.distinct(lines, 1),
                      "distinct_2": evaluate.distinct(lines, 2), "self_similarity": float(np.mean(alike))})
     return rows
@@ -94,11 +91,7 @@ def ptx(flow: Flow) -> list[dict]:
     """What mixing in the language-model loss buys: loss on the pretraining text and on human answers."""
     study, folders = flow.study(), {"base": flow.pretrain(), "sft": flow.sft(), "ppo": flow.ppo(),
                                     "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
-    config = train_pretrain.Config(data=flow.config.data, tiny=flow.config.tiny, out=flow.pretrain(),
-                                   seed=flow.seed)
-    common.apply_tiny(config)
-    run = common.Run(Path(config.out), study.device, torch.float32)
-    loaded = train_pretrain.load_data(config, run)
+    config, run, loaded = data_of(train_pretrain, flow.pretrain())
     rows = []
     for name, folder in folders.items():
         model = checkpoint.load_model(folder)
@@ -112,8 +105,8 @@ def over_optimisation(flow: Flow) -> list[dict]:
     """Without a KL penalty the reward goes on rising while the gold score turns down (Gao et al. 2022)."""
     study = flow.study()
     folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, **dict(flow.steps(train_ppo, 2.5), warmup=10), lr=1e-3)
-    rows = [{"row": f"PPO, iteration {line['step']}", "kl": line["kl"], "reward": line["reward"],
-             "gold": line["gold"]} for line in metrics_of(folder)]
+    rows = [{"row": f"PPO, iteration {line['step']}", "kind": "ppo", "kl": line["kl"],
+             "reward": line["reward"], "gold": line["gold"]} for line in metrics_of(folder)]
     study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
     most = 8 if flow.config.tiny else 64
     prompts = [prompt for prompt in study.prompts for _ in range(most)]
@@ -126,9 +119,19 @@ def over_optimisation(flow: Flow) -> list[dict]:
         best = [reward_NP[at].argmax(0) for at in groups]
         reward, gold = (float(np.mean([np.take_along_axis(x[at], which[None], 0)
                                        for at, which in zip(groups, best)])) for x in (reward_NP, gold_NP))
-        rows.append({"row": f"best of {n}", "kl": math.log(n) - 1 + 1 / n, "reward": reward,
-                     "gold": gold})
+        rows.append({"row": f"best of {n}", "kind": "best_of_n", "kl": math.log(n) - 1 + 1 / n,
+                     "reward": reward, "gold": gold})
     return rows
+
+
+def gained(rows: list[dict], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(sqrt(KL), how much `name` has risen since the first row of its seed), the seeds one after another."""
+    d, gain = [], []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        of_seed = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+        d += [math.sqrt(max(row["kl"], 0.0)) for row in of_seed]
+        gain += [row[name] - of_seed[0][name] for row in of_seed]
+    return np.array(d), np.array(gain)
 
 
 def fit_of_gold(d: np.ndarray, gained: np.ndarray, logarithm: bool) -> tuple[float, float]:
@@ -142,31 +145,24 @@ def fit_of_gold(d: np.ndarray, gained: np.ndarray, logarithm: bool) -> tuple[flo
 
 def draw_over_optimisation(rows: list[dict], path: Path) -> None:
     """Reward and gold score against sqrt(KL), for best-of-n and PPO, all seeds; the fits through gold."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for axis, name, logarithm in zip(axes, ("best of", "PPO"), (False, True)):
-        d, reward, gold = (np.array([row[key] for row in rows if row["row"].startswith(name)])
-                           for key in ("kl", "reward", "gold"))
-        d = np.sqrt(np.maximum(d, 0))
-        start = gold[d < 0.05].mean()
-        axis.plot(d, (reward - reward[d < 0.05].mean()) / 5, "o", color="#ee7733", markersize=3,
-                  label="reward model's score gained / 5")
-        axis.plot(d, gold - start, "^", color="#0077bb", markersize=3, label="gold score gained")
-        moved = d >= 0.05
-        alpha, beta = fit_of_gold(d[moved], gold[moved] - start, logarithm)
+    from matplotlib.figure import Figure           # not pyplot: a notebook keeps its own backend
+    figure = Figure(figsize=(10, 3.6))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, kind, logarithm in zip(axes, ("best_of_n", "ppo"), (False, True)):
+        (d, reward), (_, gold) = (gained(rows, kind, name) for name in ("reward", "gold"))
+        axis.plot(d, reward / 5, "o", color="#ee7733", markersize=3, label="reward model's score gained / 5")
+        axis.plot(d, gold, "^", color="#0077bb", markersize=3, label="gold score gained")
+        alpha, beta = fit_of_gold(d[d > 0], gold[d > 0], logarithm)
         x = np.linspace(0.05, d.max(), 200)
         y = x * (alpha - beta * (np.log(x) if logarithm else x))
         law = "log d" if logarithm else "d"
         axis.plot(x, y, color="black", linewidth=1.2, label=f"d ({alpha:.3f} − {beta:.3f} {law})")
         axis.set(xlabel="d = √KL(policy ‖ SFT), nats per answer",
-                 title="PPO without KL penalty" if name == "PPO" else "best of n SFT answers")
+                 title="PPO without KL penalty" if kind == "ppo" else "best of n SFT answers")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ---- the reward model --------------------------------------------------------------------------------------
@@ -202,32 +198,26 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
     for place in ("inside", "outside"):
         chosen = [file for file in files if (file[1].split(".")[0] in inside) == (place == "inside")]
         pairs = [r for r in corpus.scan(chosen) if r.response]
-        texts[place] = flow.folder / f"{place}.jsonl"
-        common.write_atomically(texts[place], "\n".join(
-            json.dumps({"prompt": r.prompt, "response": r.response}) for r in pairs).encode())
+        texts[place] = write_pairs(flow.folder / f"{place}.jsonl", [(r.prompt, r.response) for r in pairs])
     half = dict(prompts=3000, **flow.steps(train_rm, 0.5))
     rows = []
-    for name, settings in (("half of the packages", dict(data=str(texts["inside"]))),
+    for name, settings in (("half of the packages", dict(data=texts["inside"])),
                            ("human against sample alone", dict(answers=2))):
         rm = flow.rm("rm_" + name.split()[0], **half, **settings)
         tested_on = {"all pairs": dict(answers=5)}
         if "data" in settings:
-            tested_on = {"the same": {}, "other packages": dict(data=str(texts["outside"]))}
+            tested_on = {"the same": {}, "other packages": dict(data=texts["outside"])}
         for place, other in tested_on.items():
-            rows.append({"row": f"{name}, tested on {place}", **accuracy(flow, rm, **other)})
-    rows.append({"row": "all, tested on SFT's samples", **accuracy(flow, flow.rm())})
-    rows.append({"row": "all, tested on PPO's samples", **accuracy(flow, flow.rm(), init=flow.ppo())})
+            rows.append({"row": f"{name}, tested on {place}", **accuracy(rm, **other)})
+    rows.append({"row": "all, tested on SFT's samples", **accuracy(flow.rm())})
+    rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), init=flow.ppo())})
     return rows
 
 
-def accuracy(flow: Flow, rm: str, **settings) -> dict[str, float]:
+def accuracy(rm: str, **settings) -> dict[str, float]:
     """Accuracy of a reward model on held-out rankings of other data, or of another model's samples."""
-    saved = json.loads((Path(rm) / "config.json").read_text())
-    fields = {name: saved[name] for name in vars(train_rm.Config())} | settings
-    config = train_rm.Config(**fields | dict(out=rm, prompts=fields["batch_size"]))
-    run = common.Run(Path(rm), torch.device("cpu"), torch.float32)
-    loaded, model = train_rm.load_data(config, run), checkpoint.load_model(rm)
-    return train_rm.evaluate(config, run, loaded, model)
+    config, run, loaded = data_of(train_rm, rm, prompts=train_rm.Config.batch_size, **settings)
+    return train_rm.evaluate(config, run, loaded, checkpoint.load_model(rm))
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------
@@ -262,8 +252,7 @@ def first_warning(lines: list[dict]) -> dict:
 def hackable(flow: Flow) -> list[dict]:
     """PPO finds what a planted reward really pays for, and the log's warning line names it."""
     reward = str(Path(__file__).resolve().parent / "planted.py") + ":more_commas"
-    folder = flow.train(train_ppo, "ppo_commas", init=flow.sft(), reward=os.path.relpath(reward), ptx=0.0,
-                        beta=0.02)
+    folder = flow.ppo("ppo_commas", reward=os.path.relpath(reward), ptx=0.0, beta=0.02)
     lines = metrics_of(folder)
     shown = ("step", "reward", "gold", "kl", "entropy", "length", "ended", "repetition")
     return [{"row": name, **{key: line[key] for key in shown}, **first_warning(lines)}

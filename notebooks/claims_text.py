@@ -1,16 +1,12 @@
 """The measurements of claims.py about structures, pretraining and supervised fine-tuning."""
-import contextlib
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from flow import Flow, metrics_of
+from flow import Flow, data_of, metrics_of, write_pairs
 
 import checkpoint
-import common
 import corpus
 import data
 import evaluate
@@ -52,7 +48,7 @@ def structures(flow: Flow) -> list[dict]:
 
 def summaries(flow: Flow, sft: str) -> dict[str, float]:
     """The labeller's score of greedy one-line summaries of held-out functions: understanding what is read."""
-    loaded, judge = text_of(flow, train_sft, sft), judge_of(flow, sft)
+    (_, _, loaded), judge = data_of(train_sft, sft), judge_of(flow)
     prompts, decode = [example.source for example in loaded.held_out[:200]], loaded.tokenizer.decode
     answers = generate(checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature=0.0)
     pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
@@ -60,18 +56,14 @@ def summaries(flow: Flow, sft: str) -> dict[str, float]:
             "about_greedy": float(np.mean([labeller.about(*pair) for pair in pairs]))}
 
 
-def text_of(flow: Flow, stage, folder: str, **settings):
-    """The data of a run, loaded as it loads them."""
-    saved = json.loads((Path(folder) / "config.json").read_text())
-    config = stage.Config(**{name: saved[name] for name in vars(stage.Config())} | settings)
-    with contextlib.redirect_stdout(None):
-        return stage.load_data(config, common.Run(Path(folder), torch.device("cpu"), torch.float32))
-
-
-def judge_of(flow: Flow, folder: str) -> labeller.Labeller:
+def pairs_of(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]]:
+    """(training pairs, held-out pairs)."""
     records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
-    train, _ = corpus.split(records, checkpoint.held_out_names(folder))
-    return labeller.Labeller(data.texts_of(train))
+    return corpus.split(records, checkpoint.held_out_names(flow.pretrain()))
+
+
+def judge_of(flow: Flow) -> labeller.Labeller:
+    return labeller.Labeller(data.texts_of(pairs_of(flow)[0]))
 
 
 @torch.no_grad()
@@ -80,7 +72,7 @@ def continuations(flow: Flow, folder: str, model) -> dict[str, float]:
     word pairs in sampled continuations; seconds per generated token.
     """
     context = 64 if flow.config.tiny else 160
-    loaded = text_of(flow, train_pretrain, folder, objective="next_token", eval_size=2000)
+    _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=2000)
     texts = [text for example in loaded.held_out for text in example.targets if len(text) >= context][:100]
     examples = [data.Example(text[:32], [text[32:context]]) for text in texts]
     structure, nats, place = model.config.structure, [], []
@@ -132,10 +124,9 @@ def width_transfer(flow: Flow) -> list[dict]:
 
 # ---- supervised fine-tuning --------------------------------------------------------------------------------
 
-def pairs_of(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]]:
+def shuffled_pairs(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]]:
     """(training pairs in a random order, held-out pairs)."""
-    records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
-    train, held_out = corpus.split(records, checkpoint.held_out_names(flow.pretrain()))
+    train, held_out = pairs_of(flow)
     return [train[i] for i in np.random.default_rng(flow.seed).permutation(len(train))], held_out
 
 
@@ -143,9 +134,7 @@ def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init
     """SFT on these pairs alone; loss on the held-out human answers, and the score of greedy ones."""
     path = flow.folder / f"{name}.jsonl"
     if not path.exists():
-        kept = [(r.prompt, r.response) for r in held_out[:600]]
-        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs + kept]
-        common.write_atomically(path, "\n".join(lines).encode())
+        write_pairs(path, pairs + [(r.prompt, r.response) for r in held_out[:600]])
     sft = flow.sft(name, init=init, data=str(path), eval_every=0, **flow.steps(train_sft, share))
     return {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
 
@@ -157,7 +146,7 @@ def random_base(flow: Flow) -> str:
 
 def pretraining_for_sft(flow: Flow) -> list[dict]:
     """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model."""
-    train, held_out = pairs_of(flow)
+    train, held_out = shuffled_pairs(flow)
     rows = []
     for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
         for part in (64, 16, 4, 1):
@@ -170,9 +159,9 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
 
 def sft_selection(flow: Flow) -> list[dict]:
     """SFT data must be chosen: subsets of equal size, random, longest, scored, noisy."""
-    train, held_out = pairs_of(flow)
+    train, held_out = shuffled_pairs(flow)
     n = max(8, len(train) // 8)
-    judge, rng = judge_of(flow, flow.pretrain()), np.random.default_rng(flow.seed)
+    judge, rng = judge_of(flow), np.random.default_rng(flow.seed)
     gold = {id(r): judge.gold(r.prompt, r.response) for r in train}
     shuffled = [train[i].response for i in rng.permutation(n // 2)]
     half = [(r.prompt, response) for r, response in zip(train[:n // 2], shuffled)]

@@ -5,13 +5,15 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import evaluate                                 # noqa: E402  (the line above makes these importable)
+import common                                   # noqa: E402  (the line above makes these importable)
+import evaluate                                 # noqa: E402
 import train_pretrain                           # noqa: E402
 import train_ppo                                # noqa: E402
 import train_rm                                 # noqa: E402
@@ -49,7 +51,8 @@ class Flow:
         return self.train(train_rm, name, init=self.sft(), **settings)
 
     def ppo(self, name: str = "ppo", **settings) -> str:
-        settings = dict(reward=settings.get("reward") or self.rm()) | settings
+        if "reward" not in settings:
+            settings["reward"] = self.rm()
         return self.train(train_ppo, name, init=self.sft(), **settings)
 
     def steps(self, stage, share: float) -> dict[str, int]:
@@ -66,6 +69,22 @@ class Flow:
             tiny=self.config.tiny))[0]
 
 
+def data_of(stage, folder: str, **settings) -> tuple:
+    """(config, run, data) of a finished run of the stage, some of its settings changed, loaded as it did."""
+    saved = json.loads((Path(folder) / "config.json").read_text())
+    config = stage.Config(**{name: saved[name] for name in vars(stage.Config())} | settings)
+    run = common.Run(Path(folder), torch.device("cpu"), torch.float32)
+    with contextlib.redirect_stdout(None):
+        return config, run, stage.load_data(config, run)
+
+
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> str:
+    """(prompt, response) as lines of a .jsonl. Returns its name, for --data."""
+    lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+    common.write_atomically(path, "\n".join(lines).encode())
+    return str(path)
+
+
 def rivals_of(study: evaluate.Study) -> dict[str, np.ndarray]:
     """The gold scores that win rates are counted against."""
     return {"human": evaluate.golds_of(study, study.human),
@@ -79,5 +98,11 @@ def rows_of(study: evaluate.Study, rivals: dict, models: dict[str, torch.nn.Modu
             for name, model in models.items()}
 
 
+def read_record(path: str | Path) -> list[dict]:
+    """The lines of a .jsonl; none where there is no file."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def metrics_of(folder: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return read_record(Path(folder) / "metrics.jsonl")
