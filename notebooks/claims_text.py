@@ -150,7 +150,7 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
     rows = []
     for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
         for part in (64, 16, 4, 1):
-            n = max(8, len(train) // part)
+            n = max(train_sft.Config.batch_size, len(train) // part)
             pairs = [(r.prompt, r.response) for r in train[:n]]
             figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init, 0.25)
             rows.append({"row": f"{name}, 1/{part} of the pairs", "pairs": n, **figures})
