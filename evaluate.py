@@ -27,7 +27,7 @@ import masks
 import objectives
 from common import write_atomically
 from errors import UserError
-from generate import generate
+from generate import generate, never_drawn
 from labeller import Labeller
 from tokenizer import Tokenizer
 
@@ -112,10 +112,15 @@ def read(study: Study, model, answers: list[list[int]]) -> list[tuple[data.Batch
     return outputs
 
 
-def logprobs_of(study: Study, model, answers: list[list[int]]) -> tuple[np.ndarray, float]:
-    """log p of every answer, and the mean entropy per token, in nats."""
+def logprobs_of(study: Study, model, answers: list[list[int]],
+                sampled: bool = True) -> tuple[np.ndarray, float]:
+    """log p of every answer, and the mean entropy per token, in nats. sampled: in the distribution that
+    generate draws from; otherwise over the whole vocabulary, as the loss in training.
+    """
     sums, entropies = [], []
     for batch, logits_NV in read(study, model, answers):
+        if sampled:
+            logits_NV[:, never_drawn(model, study.tokenizer)] = float("-inf")
         logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
         document_N = batch.document[batch.loss_mask]
         zeros = torch.zeros(int(document_N.max()) + 1, device=study.device)
@@ -197,7 +202,7 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
     if model is not None:
         logprobs, row["entropy"] = logprobs_of(study, model, answers)
         row["kl"] = (logprobs - logprobs_of(study, study.reference, answers)[0]).mean()
-        human_logprobs, _ = logprobs_of(study, model, study.human)
+        human_logprobs, _ = logprobs_of(study, model, study.human, sampled=False)
         row["loss"] = -human_logprobs.sum() / sum(map(len, study.human))
         n_bytes = sum(len(line.encode()) for line in human)
         row["answer_bits_per_byte"] = -human_logprobs.sum() / math.log(2) / n_bytes

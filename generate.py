@@ -65,7 +65,7 @@ class Decoding:
     def __init__(self, model: LanguageModel, prompts: list[list[int]], max_new: int, tokenizer: Tokenizer):
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
         closed = tokenizer.source_end if self.structure == "encdec" else []
-        prompts = [tokenizer.begin + prompt + closed for prompt in prompts]
+        prompts = [[*tokenizer.begin, *prompt, *closed] for prompt in prompts]
         self.tokens, self.n_pad = left_padded(prompts, tokenizer.pad, device)
         self.memory, self.cross, self.two_positions = None, None, model.config.positions == "rope2d"
         if self.structure == "encdec":
@@ -114,7 +114,7 @@ class Decoding:
         return self.logits(new_B[:, None], positions, allowed)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Go on with these rows alone; one that is named several times is continued as often."""
         self.n_pad = self.n_pad[rows]
         self.cache.keep(rows)
         if self.structure == "encdec":
@@ -137,19 +137,23 @@ def never_drawn(model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
 @torch.no_grad()
 def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             generator: torch.Generator | None = None, batch_size: int = 128) -> list[list[int]]:
+             generator: torch.Generator | None = None, batch_size: int = 256) -> list[list[int]]:
     """Continue every prompt until its end token, at most max_new tokens. Responses hold their end token, if
     they end.
 
-    Prompts of similar length share a batch, so that little is padded.
+    Prompts of similar length share a batch, so that little is padded; one that occurs several times in it is
+    read once.
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     never = never_drawn(model, tokenizer)
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        decoding = Decoding(model, [prompts[i] for i in chosen], max_new, tokenizer)
-        logits_BV = decoding.read_prompt()
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(prompts[i]) for i in chosen))}
+        of_row = torch.tensor([place[tuple(prompts[i])] for i in chosen], device=model.embedding.weight.device)
+        decoding = Decoding(model, list(place), max_new, tokenizer)
+        logits_BV = decoding.read_prompt()[of_row]
+        decoding.keep(of_row)
         drawn = torch.full((len(chosen), max_new), tokenizer.end, device=logits_BV.device)
         alive = torch.arange(len(chosen), device=logits_BV.device)        # the rows that are still computed
         ended = torch.zeros_like(alive, dtype=torch.bool)

@@ -44,7 +44,7 @@ class Config:
     steps: int = 600                    # optimizer steps
     batch_size: int = 16                # sequences a step, all ranks together; here prompts with all answers
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
-    row: int = 512                      # tokens of a packed row, about: several sequences share one
+    row: int = 256                      # tokens of a packed row, about: several sequences share one
     lr: float = 1e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.1           # on matrices only
@@ -87,7 +87,8 @@ def load_data(config: Config, run: common.Run) -> Data:
     tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response or r.chosen]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
-    labeller, sft = Labeller(data.texts_of(train)), checkpoint.load_model(config.init).to(run.device)
+    labeller = Labeller(data.texts_of(train))
+    sft = checkpoint.load_model(config.init, config.context).to(run.device)
     rng = np.random.default_rng(config.seed)
     train = [train[i] for i in rng.permutation(len(train))[:config.prompts]]
     held_out = [held_out[i] for i in rng.permutation(len(held_out))[:config.eval_size]]

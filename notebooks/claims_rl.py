@@ -95,7 +95,7 @@ def ptx(flow: Flow) -> list[dict]:
     rows = []
     for name, folder in folders.items():
         model = checkpoint.load_model(folder)
-        logprobs, _ = evaluate.logprobs_of(study, model, study.human)
+        logprobs, _ = evaluate.logprobs_of(study, model, study.human, sampled=False)
         rows.append({"row": name, "loss": float(-logprobs.sum() / sum(map(len, study.human))),
                      "bits_per_byte": train_pretrain.evaluate(config, run, loaded, model)["bits_per_byte"]})
     return rows
