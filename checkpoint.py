@@ -62,13 +62,18 @@ def latest(folder: Path) -> dict | None:
     return None
 
 
-def load_model(folder: str, context: int = 0) -> LanguageModel | ScalarModel:
-    """The model of a finished stage. context: tokens of a sequence that it will have to read."""
+def load_model(folder: str, context: int = 0, structure: str = "") -> LanguageModel | ScalarModel:
+    """The model of a finished stage. context: tokens of a sequence that it will have to read. structure: what
+    to make of a decoder, causal or prefix, which are the same network; left empty: what it is.
+    """
     state = latest(Path(folder))
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
+    saved = state["model_config"]["structure"]
+    if structure not in ("", saved) and "encdec" in (structure, saved):
+        raise UserError(f"{folder} is {saved}, which cannot become {structure}: these are different networks")
     with torch.device("meta"):                 # no memory, no random draws: every tensor comes from the file
-        model = build(ModelConfig(**state["model_config"]))
+        model = build(ModelConfig(**state["model_config"] | dict(structure=structure or saved)))
         if "head.weight" in state["model"]:
             model = ScalarModel(model)
     if model.config.positions == "learned" and context > model.config.max_positions:
@@ -108,8 +113,9 @@ def open_folder(folder: Path, config) -> dict | None:
     if config.resume == "never":
         raise UserError(f"{folder} holds a run already; choose another --out, or --overwrite it")
     now = dataclasses.asdict(config)
-    changed = [f"{name} {state['config'].get(name)!r} -> {value!r}" for name, value in now.items()
-               if name not in FREE and state["config"].get(name) != value]
+    before = dataclasses.asdict(type(config)()) | state["config"]   # what is new in Config had its default
+    changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items()
+               if name not in FREE and before[name] != value]
     if changed:
         raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or --overwrite it")

@@ -214,7 +214,7 @@ def open_run(run: Run, config, tokenizer, held_out_names) -> None:
                "torch": torch.__version__, "processor": processor_name(run.device)}
     (run.folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
     tokenizer.save(run.folder / "tokenizer.tiktoken")
-    if hasattr(config, "init"):                  # what an earlier stage held out stays held out
+    if getattr(config, "init", ""):              # what an earlier stage held out stays held out
         held_out_names = held_out_names | set(json.loads((Path(config.init) / "held_out.json").read_text()))
     (run.folder / "held_out.json").write_text(json.dumps(sorted(held_out_names), indent=0) + "\n")
 

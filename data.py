@@ -220,43 +220,78 @@ def indices_of_step(sizes: np.ndarray, budget: int, seed: int,
 
 # ---- tokens of a corpus ------------------------------------------------------------------------------------
 
+def density_and_span(name: str, rest: list[str]) -> tuple[float, float]:
+    """Of "span_corruption:0.5:10" the last two; T5's choice, 0.15 and 3, where they are left out."""
+    try:
+        density, mean_span = map(float, rest or (0.15, 3.0))
+    except ValueError:
+        density = mean_span = 0.0
+    if (rest and name != "span_corruption") or not 0 < density < 1 or mean_span < 1:
+        raise UserError(f"objective is {':'.join([name, *rest])!r}; two numbers may follow span_corruption "
+                        "alone, the share of noise and its spans' mean length, as in span_corruption:0.5:10")
+    return density, mean_span
+
+
 @lru_cache(maxsize=4)                    # asked for at every step
 def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
     """The function (tokens of a text, generator) -> Example of that name in objectives.py, given this
     tokenizer's special tokens. Texts have fewer than `context` tokens.
-    """
-    mask, smask, gmask, sop, eop = (tokenizer.specials[word] for word in
-                                    ("<mask>", "<smask>", "<gmask>", "<sop>", "<eop>"))
-    modes, ends = {mode: tokenizer.specials[f"<{mode}>"] for mode in "RSX"}, tokenizer.sentence_ends()
-    sentinels, o = tokenizer.sentinels, objectives
 
-    def bart(noise: Callable, **tokens) -> Callable:
-        return partial(o.keep_end, noise=partial(noise, **tokens), end=tokenizer.end)
-    known = {"next_token": o.next_token,
-             "prefix_lm": o.prefix_lm,
-             "span_corruption": partial(o.span_corruption, sentinels=sentinels),
-             "bart": bart(o.bart, mask=mask, ends=ends),
-             "text_infilling": bart(o.text_infilling, mask=mask),
-             "sentence_permutation": bart(o.sentence_permutation, ends=ends),
-             "token_masking": bart(o.token_masking, mask=mask),
-             "token_deletion": bart(o.token_deletion),
-             "document_rotation": bart(o.document_rotation),
-             "glm_spans": partial(o.glm_spans, mask=mask, sop=sop, eop=eop),
-             "glm_sentences": partial(o.glm_sentences, smask=smask, sop=sop, eop=eop, ends=ends),
-             "glm_document": partial(o.glm_document, gmask=gmask, sop=sop, eop=eop),
-             "glm_10b": partial(o.glm_10b, mask=mask, smask=smask, gmask=gmask, sop=sop, eop=eop, ends=ends),
-             "glm_130b": partial(o.glm_130b, mask=mask, gmask=gmask, sop=sop, eop=eop),
-             "ul2": partial(o.ul2, sentinels=sentinels, modes=modes),
-             "u_palm": partial(o.ul2, sentinels=sentinels, modes=modes, denoisers=o.U_PALM)}
+    span_corruption:0.5:10 corrupts half of the tokens, in spans of 10 on average (Raffel et al. 2020, tables
+    6 and 7); span_corruption alone is 0.15 and 3.
+    """
+    o, specials, sentinels = objectives, tokenizer.specials, tokenizer.sentinels
+    ends = tokenizer.sentence_ends()
+    name, *rest = name.split(":")
+    density, mean_span = density_and_span(name, rest)
+
+    def special(word: str) -> int:
+        """A special token's id; published tokenizers write [MASK] and sop for <mask> and <sop>."""
+        bare = word.strip("<>")
+        found = [specials[w] for w in (word, f"[{bare.replace('mask', 'MASK')}]", bare) if w in specials]
+        if not found:
+            raise UserError(f"{name} wants a token {word}, which this tokenizer does not have")
+        return found[0]
+
+    def using(function: Callable, *words: str, **settings) -> Callable:
+        """The objective with its special tokens: <mask> is its argument mask."""
+        return partial(function, **{word.strip("<>"): special(word) for word in words}, **settings)
+
+    def bart(noise: Callable, *words: str, **settings) -> Callable:
+        return partial(o.keep_end, noise=using(noise, *words, **settings), end=tokenizer.end)
+
+    def ul2(**settings) -> Callable:
+        modes = {mode: special(f"<{mode}>") for mode in "RSX"}
+        return partial(o.ul2, sentinels=sentinels, modes=modes, **settings)
+
+    blanks = ("<sop>", "<eop>")
+    known = {"next_token": lambda: o.next_token,
+             "prefix_lm": lambda: o.prefix_lm,
+             "span_corruption": lambda: partial(o.span_corruption, sentinels=sentinels, density=density,
+                                                mean_span=mean_span),
+             "bart": lambda: bart(o.bart, "<mask>", ends=ends),
+             "text_infilling": lambda: bart(o.text_infilling, "<mask>"),
+             "sentence_permutation": lambda: bart(o.sentence_permutation, ends=ends),
+             "token_masking": lambda: bart(o.token_masking, "<mask>"),
+             "token_deletion": lambda: bart(o.token_deletion),
+             "document_rotation": lambda: bart(o.document_rotation),
+             "glm_spans": lambda: using(o.glm_spans, "<mask>", *blanks),
+             "glm_sentences": lambda: using(o.glm_sentences, "<smask>", *blanks, ends=ends),
+             "glm_document": lambda: using(o.glm_document, "<gmask>", *blanks),
+             "glm_10b": lambda: using(o.glm_10b, "<mask>", "<smask>", "<gmask>", *blanks, ends=ends),
+             "glm_130b": lambda: using(o.glm_130b, "<mask>", "<gmask>", *blanks),
+             "ul2": ul2,
+             "u_palm": lambda: ul2(denoisers=o.U_PALM)}
     if name not in known:
         raise UserError(f"objective is {name!r}; it must be one of {', '.join(known)}")
-    densest = {"span_corruption": 0.15, "ul2": 0.5, "u_palm": 0.5}.get(name, 0)
-    if densest and o.n_noise_spans(context, densest)[1] >= len(sentinels):
+    densest = {"span_corruption": (density, mean_span), "ul2": (0.5, 3.0), "u_palm": (0.5, 3.0)}.get(name)
+    if densest and o.n_noise_spans(context, *densest)[1] >= len(sentinels):
         raise UserError(f"{name} in a context of {context} needs more than the {len(sentinels)} sentinels "
                         "that there are; lower the context")
+    objective = known[name]()
 
     def example(text: list[int], rng: np.random.Generator) -> Example:
-        pair = known[name](text, rng)
+        pair = objective(text, rng)
         return Example(pair.source, [pair.target], pair.blanks)
     return example
 

@@ -149,9 +149,10 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     never = never_drawn(model, tokenizer)
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(prompts[i]) for i in chosen))}
-        of_row = torch.tensor([place[tuple(prompts[i])] for i in chosen], device=model.embedding.weight.device)
-        decoding = Decoding(model, list(place), max_new, tokenizer)
+        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in chosen))
+        place = {prompt: row for row, prompt in enumerate(distinct)}
+        decoding = Decoding(model, distinct, max_new, tokenizer)
+        of_row = torch.tensor([place[tuple(prompts[i])] for i in chosen], device=decoding.tokens.device)
         logits_BV = decoding.read_prompt()[of_row]
         decoding.keep(of_row)
         drawn = torch.full((len(chosen), max_new), tokenizer.end, device=logits_BV.device)

@@ -40,7 +40,7 @@ class Config:
     out: str = "runs/ppo"               # run folder
     no_end: float = 1.0                 # taken off the score of an answer that does not end
     score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
-    beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
+    beta: float = 0.04                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
     kl_estimator: str = "k1"            # of a token's KL, in the reward: k1, k2, k3
     whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
@@ -62,7 +62,7 @@ class Config:
     steps: int = 40                     # iterations: sample, score, learn
     batch_size: int = 128               # answers an iteration, all ranks together
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
-    row: int = 128                      # tokens of a packed row, about: several sequences share one
+    row: int = 144                      # tokens of a packed row, about: several sequences share one
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only

@@ -1,7 +1,7 @@
 """Pretraining: learn what text is like, one token after another.
 
     data              all docstrings (or --data text), in packed rows, every document on its own
-    initial weights   random
+    initial weights   random, or of a run that is to go on learning (--init)
     mask              the structure's: causal, prefix or encdec; never across documents
     objective         next_token, prefix_lm, span_corruption, ...: turns a text into (source, target)
     what is trained   everything, to predict each target token from what its mask lets it see
@@ -21,6 +21,7 @@ import data
 import masks
 import model as model_file
 import objectives
+from errors import UserError
 from generate import generate
 from tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ from tokenizer import Tokenizer
 @dataclass
 class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
+    init: str = ""                      # run folder to start from, left empty: random weights
     out: str = "runs/pretrain"          # run folder
     preset: str = ""                    # the variants of a published family (presets.py), in the sizes below
     structure: str = ""                 # causal, prefix or encdec; left empty: the preset's, or causal
@@ -69,6 +71,9 @@ class Config:
 # ---- 2. set-up ---------------------------------------------------------------------------------------------
 
 def set_up(config: Config) -> common.Run:
+    sizes = ("preset", "vocab", "layers", "heads", "kv_heads", "width")
+    if config.init and not config.tiny and any(getattr(config, x) != getattr(Config, x) for x in sizes):
+        raise UserError(f"a run that starts from {config.init} has its sizes: leave out {', '.join(sizes)}")
     return common.set_up(config)
 
 
@@ -89,8 +94,12 @@ class Data:
 
 def load_data(config: Config, run: common.Run) -> Data:
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.text or r.response]
-    train, held_out = corpus.split(records)
-    tokenizer = data.tokenizer_for(train, config.vocab)
+    if config.init:
+        tokenizer = checkpoint.load_tokenizer(config.init, "python train_pretrain.py")
+        train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
+    else:
+        train, held_out = corpus.split(records)
+        tokenizer = data.tokenizer_for(train, config.vocab)
     sequences = [data.pieces(tokenizer, part, config.context) for part in (train, held_out)]
     data.require(sequences, config.batch_size, config,
                  wanted="texts (.txt, or .jsonl with text)")
@@ -115,9 +124,14 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     sizes = dict(vocab=tokenizer.vocab, layers=config.layers, heads=config.heads, width=config.width)
-    model = model_file.build(
-        model_file.preset_for(config.preset, config.structure, config.context, **sizes) if config.preset else
-        model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads, **sizes))
+    if config.init:
+        model = checkpoint.load_model(config.init, config.context, config.structure)
+    elif config.preset:
+        model = model_file.build(
+            model_file.preset_for(config.preset, config.structure, config.context, **sizes))
+    else:
+        model = model_file.build(
+            model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads, **sizes))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device)
 

@@ -34,11 +34,12 @@ from errors import UserError                    # noqa: E402
 from flow import Flow, read_record              # noqa: E402
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
-QUALITY = ("gold", "gold_greedy", "about_greedy", "f1_greedy", "kl", "loss", "length")
+QUALITY = ("gold", "gold_greedy", "win_sft", "about_greedy", "f1_greedy", "kl", "loss", "length")
+ACCURACY = ("accuracy", "accuracy_sample_sample", "accuracy_human_sample")
 COLUMNS = {                             # of the tables; of measurements that are not named here: all figures
     "rl_against_sft": QUALITY, "relevance": QUALITY,
-    "reward_model_accuracy": ("accuracy", "accuracy_sample_sample", "accuracy_human_sample", "gold",
-                              "gold_greedy", "about_greedy", "kl"),
+    "reward_model_accuracy": (*ACCURACY, "gold", "gold_greedy", "about_greedy", "kl"),
+    "reward_model_data": ACCURACY, "reward_model_boundary": ACCURACY,
     "stability": ("gold_before", "gold", "reward", "kl", "entropy", "length", "ended", "warned_at")}
 
 

@@ -181,34 +181,56 @@ def reward_model_accuracy(flow: Flow) -> list[dict]:
         rm = flow.rm(f"rm_{key}", **settings, **shorter) if name != "all" else flow.rm()
         ppo = flow.ppo(f"ppo_{key}", reward=rm) if name != "all" else flow.ppo()
         row = rows_of(study, rivals, {"ppo": checkpoint.load_model(ppo)})["ppo"]
-        accuracies = {k: v for k, v in metrics_of(rm)[-1].items() if k.startswith("accuracy")}
-        rows.append({"row": name, **accuracies,
+        rows.append({"row": name, **accuracies_of(rm),
                      **{k: row[k] for k in ("gold", "gold_greedy", "about_greedy", "kl")}})
     return rows
 
 
+def reward_model_data(flow: Flow) -> list[dict]:
+    """A reward model needs many comparisons, and agrees only as far as its labellers do."""
+    everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
+    variants = {f"1/{part} of the prompts": (part, 0.0) for part in (64, 16, 4, 1)}
+    variants |= {f"1/4 of the prompts, {noise:.1%} wrong": (4, noise) for noise in (0.125, 0.25, 0.375)}
+    rows = []
+    for name, (part, noise) in variants.items():
+        settings = dict(prompts=max(16, everything // part), label_noise=noise,
+                        **flow.steps(train_rm, max(1 / part, 1 / 6)))
+        folder = f"rm_1_of_{part}" + f"_noise_{noise}" * bool(noise)
+        rm = flow.rm(folder, **settings) if part > 1 else flow.rm()
+        rows.append({"row": name, "prompts": settings["prompts"], "label_noise": noise, **accuracies_of(rm)})
+    return rows
+
+
+def accuracies_of(rm: str) -> dict[str, float]:
+    return {name: value for name, value in metrics_of(rm)[-1].items() if name.startswith("accuracy")}
+
+
 def reward_model_boundary(flow: Flow) -> list[dict]:
-    """Where a reward model stops generalising: other packages, other kinds of pairs, later samples."""
+    """Where a reward model stops generalising: other packages, lengths, kinds of pairs, later samples."""
     files = corpus.corpus_files(flow.config.tiny) if not flow.config.data else []
     if not files:
         raise UserError("reward_model_boundary compares packages of the default corpus: no --data here")
     packages = sorted({module.split(".")[0] for _, module in files})
     inside = set(np.random.default_rng(flow.seed).permutation(packages)[:len(packages) // 2])
-    texts = {}
-    for place in ("inside", "outside"):
-        chosen = [file for file in files if (file[1].split(".")[0] in inside) == (place == "inside")]
-        pairs = [r for r in corpus.scan(chosen) if r.response]
-        texts[place] = write_pairs(flow.folder / f"{place}.jsonl", [(r.prompt, r.response) for r in pairs])
+    of_package = {place: [r for r in corpus.scan(chosen) if r.response] for place, chosen in (
+        ("half of the packages", [file for file in files if file[1].split(".")[0] in inside]),
+        ("the other packages", [file for file in files if file[1].split(".")[0] not in inside]))}
+    pairs = sum(of_package.values(), [])
+    middle = np.median([len(r.response) for r in pairs])
+    of_length = {"short human lines": [r for r in pairs if len(r.response) < middle],
+                 "long human lines": [r for r in pairs if len(r.response) >= middle]}
     half = dict(prompts=3000, **flow.steps(train_rm, 0.5))
     rows = []
-    for name, settings in (("half of the packages", dict(data=texts["inside"])),
-                           ("human against sample alone", dict(answers=2))):
-        rm = flow.rm("rm_" + name.split()[0], **half, **settings)
-        tested_on = {"all pairs": dict(answers=5)}
-        if "data" in settings:
-            tested_on = {"the same": {}, "other packages": dict(data=texts["outside"])}
-        for place, other in tested_on.items():
-            rows.append({"row": f"{name}, tested on {place}", **accuracy(rm, **other)})
+    for parts in (of_package, of_length):
+        texts = {place: write_pairs(flow.folder / f"{place.replace(' ', '_')}.jsonl",
+                                    [(r.prompt, r.response) for r in records])
+                 for place, records in parts.items()}
+        first = next(iter(texts))
+        rm = flow.rm("rm_" + first.replace(" ", "_"), **half, data=texts[first])
+        rows += [{"row": f"{first}, tested on {place}", **accuracy(rm, data=text)}
+                 for place, text in texts.items()]
+    rm = flow.rm("rm_human", **half, answers=2)
+    rows.append({"row": "human against sample alone, tested on all pairs", **accuracy(rm, answers=5)})
     rows.append({"row": "all, tested on SFT's samples", **accuracy(flow.rm())})
     rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), init=flow.ppo())})
     return rows
@@ -229,7 +251,7 @@ def stability(flow: Flow) -> list[dict]:
         for beta in (0.0, 0.05, 0.3):
             row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
             settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, eval_every=0,
-                            **flow.steps(train_ppo, 0.5))
+                            **flow.steps(train_ppo, 0.4))
             try:
                 lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings))
             except Fault as fault:
@@ -260,4 +282,4 @@ def hackable(flow: Flow) -> list[dict]:
 
 
 MEASUREMENTS = (rl_against_sft, relevance, diversity, ptx, over_optimisation, reward_model_accuracy,
-                reward_model_boundary, stability, hackable)
+                reward_model_data, reward_model_boundary, stability, hackable)

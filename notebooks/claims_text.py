@@ -16,6 +16,7 @@ import model as model_file
 import objectives
 import train_pretrain
 import train_sft
+from errors import Fault
 from generate import generate
 
 # ---- the three structures ----------------------------------------------------------------------------------
@@ -34,9 +35,9 @@ def structures(flow: Flow) -> list[dict]:
     """One budget of tokens, three structures: loss on texts and on summaries, speed, long continuations."""
     rows = []
     for k, (name, settings) in enumerate(STRUCTURES.items()):
-        steps = flow.steps(train_pretrain, 0.25)
+        steps = flow.steps(train_pretrain, 0.2)
         pretrain = flow.train(train_pretrain, f"structure_{k}", **settings, **steps, eval_every=0)
-        sft = flow.sft(f"structure_{k}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.2))
+        sft = flow.sft(f"structure_{k}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.15))
         model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
         row = {"row": name, "parameters": model_file.parameter_count(model),
                "counted_per_step": line["counted"], "seconds": line["seconds"],
@@ -99,14 +100,19 @@ def continuations(flow: Flow, folder: str, model) -> dict[str, float]:
 def pretraining_settings(flow: Flow) -> list[dict]:
     """Pretraining is sensitive to its settings: learning rate x warm-up x batch, at equal tokens."""
     rows = []
-    for batch_size, share in ((4, 0.125), (16, 0.125 / 4)):
+    for batch_size, share in ((4, 0.1), (16, 0.1 / 4)):
         for warmup in (1, 50):
             for lr in (3e-4, 3e-3, 3e-2, 1e-1):
                 steps = flow.steps(train_pretrain, share) | dict(warmup=warmup)
                 name = f"pretrain_batch{batch_size}_warmup{warmup}_lr{lr:g}"
-                folder = flow.train(train_pretrain, name, batch_size=batch_size, lr=lr, eval_every=0, **steps)
-                rows.append({"row": f"batch {batch_size}, warm-up {warmup}, lr {lr:g}", "lr": lr,
-                             "bits_per_byte": metrics_of(folder)[-1]["bits_per_byte"]})
+                row = {"row": f"batch {batch_size}, warm-up {warmup}, lr {lr:g}", "lr": lr}
+                try:
+                    folder = flow.train(train_pretrain, name, batch_size=batch_size, lr=lr, eval_every=0,
+                                        **steps)
+                    row["bits_per_byte"] = metrics_of(folder)[-1]["bits_per_byte"]
+                except Fault as fault:                             # a loss that is not finite
+                    row["diverged"] = str(fault)
+                rows.append(row)
     return rows
 
 
@@ -152,7 +158,7 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
         for part in (64, 16, 4, 1):
             n = max(train_sft.Config.batch_size, len(train) // part)
             pairs = [(r.prompt, r.response) for r in train[:n]]
-            figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init, 0.25)
+            figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init, 0.15)
             rows.append({"row": f"{name}, 1/{part} of the pairs", "pairs": n, **figures})
     return rows
 
@@ -172,7 +178,7 @@ def sft_selection(flow: Flow) -> list[dict]:
     pairs = {name: [(r.prompt, r.response) for r in chosen] for name, chosen in subsets.items()}
     pairs["half of the answers shuffled"] = half + pairs["random"][n // 2:]
     return [{"row": name, "pairs": len(chosen),
-             **tuned_on(flow, f"sft_select_{k}", chosen, held_out, flow.pretrain(), 0.25)}
+             **tuned_on(flow, f"sft_select_{k}", chosen, held_out, flow.pretrain(), 0.15)}
             for k, (name, chosen) in enumerate(pairs.items())]
 
 

@@ -219,6 +219,37 @@ def test_too_few_sentinels_are_refused_at_once(tokenizer):
             data.objective_of(name, tokenizer, context)
 
 
+@pytest.mark.parametrize("density, mean_span", [(0.1, 3), (0.5, 3), (0.15, 2), (0.15, 10), (0.5, 10)])
+def test_t5s_other_rates_are_objectives_too(density, mean_span, tokenizer):
+    """Raffel et al. 2020, tables 6 and 7: that share of the tokens is noise, in so many spans."""
+    text, rng = random_examples([(200, [])])[0][0], np.random.default_rng(0)
+    source, (target,), *_ = data.objective_of(f"span_corruption:{density}:{mean_span}", tokenizer, 256)(text, rng)
+    spans = sum(token in tokenizer.sentinels for token in source)
+    assert 200 - (len(source) - spans) == round(200 * density)
+    assert spans == round(round(200 * density) / mean_span)
+
+
+@pytest.mark.parametrize("name", ["span_corruption:0.5", "span_corruption:2:3", "span_corruption:0.5:0.2",
+                                  "span_corruption:0.5:many", "prefix_lm:0.5:3", "next_token:1:2:3"])
+def test_wrong_numbers_behind_an_objective_are_one_sentence(name, tokenizer):
+    with pytest.raises(UserError, match=f"objective is '{name}'; two numbers may follow span_corruption"):
+        data.objective_of(name, tokenizer, 64)
+
+
+def test_an_objective_finds_its_tokens_in_a_published_tokenizer(tokenizer):
+    """[MASK] and sop, as GLM's own vocabulary spells them; what is not there is named."""
+    settings = tokenizer_file.own_settings(tokenizer.ranks)
+    settings["specials"] = {"<end>": settings["end"], "[MASK]": 500, "[gMASK]": 501, "sop": 502, "eop": 503}
+    published, rng = tokenizer_file.Tokenizer(tokenizer.ranks, settings), np.random.default_rng(0)
+    text = random_examples([(40, [])])[0][0]
+    example = data.objective_of("glm_130b", published, 64)(text, rng)
+    assert {500, 501} & set(example.source) and {502, 503} <= set(example.targets[0])
+    data.objective_of("prefix_lm", published, 64)
+    for name, missing in (("glm_10b", "<smask>"), ("ul2", "<R>")):
+        with pytest.raises(UserError, match=f"{name} wants a token {missing}"):
+            data.objective_of(name, published, 64)
+
+
 @pytest.mark.parametrize("structure, source, target", [("causal", 30, 15), ("prefix", 30, 15), ("encdec", 30, 15)])
 def test_little_padding(structure, source, target, tokenizer):
     """At most 5 % of the computed tokens are padding, for 64 pairs of lengths as SFT and PPO have them."""

@@ -72,6 +72,21 @@ def test_answers_come_in_the_order_of_the_prompts(structure, random_model, token
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_prompt_that_occurs_often_is_read_once(structure, random_model, tokenizer, monkeypatch):
+    """Its answers are drawn one by one all the same, each from the distribution after its own prompt."""
+    network, (a, b) = random_model(structure, layers=2), (random_tokens(4), random_tokens(7))
+    read, before = [], Decoding.__init__
+    monkeypatch.setattr(Decoding, "__init__", lambda self, model, prompts, *rest:
+                        (read.append(len(prompts)), before(self, model, prompts, *rest))[1])
+    alone = {0: generate(network, [a], tokenizer, 6, temperature=0)[0],
+             1: generate(network, [b], tokenizer, 6, temperature=0)[0]}
+    assert generate(network, [a, b, a, a, b], tokenizer, 6, temperature=0) == [alone[k] for k in (0, 1, 0, 0, 1)]
+    assert read == [1, 1, 2] and alone[0] != alone[1]
+    drawn = generate(network, 20 * [a], tokenizer, 6, generator=torch.Generator().manual_seed(0))
+    assert len({tuple(answer) for answer in drawn}) > 10 and read[-1] == 1
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_end_token_stops(structure, random_model, tokenizer):
     """An answer holds its end token as its last, or max_new tokens; one that ends does not stop the rest."""
     network, prompts = random_model(structure, layers=2), [random_tokens(n) for n in PROMPT_LENGTHS]

@@ -1,4 +1,5 @@
 """The four stages and DPO end to end on a small generated package: every structure, resuming, ranks, bad input."""
+import dataclasses
 import json
 import os
 import shutil
@@ -91,6 +92,36 @@ def test_every_stage_with_every_structure(flow):
         for name in ("config.json", "metrics.jsonl", "samples.txt", "tokenizer.tiktoken", "held_out.json",
                      *["curves.png"] * (stages[0][1].structure == "causal")):
             assert (Path(config.out) / name).stat().st_size > 0, name
+
+
+@one_structure
+def test_pretraining_goes_on_from_a_run(flow, no_curves, tmp_path):
+    """--init: the same weights, tokenizer and held-out names, under another mask and objective if asked for;
+    U-PaLM's way (Tay et al. 2022b).
+    """
+    runs, stages, last = flow
+    config = dataclasses.replace(stages[0][1], init=str(runs / "pretrain"), out=str(tmp_path / "on"), vocab=2048,
+                                 layers=3, heads=4, kv_heads=2, width=128, structure="prefix", objective="u_palm")
+    train_pretrain.main(config)
+    on, before = (checkpoint.load_model(str(folder)) for folder in (config.out, runs / "pretrain"))
+    assert (on.config.structure, on.config.width) == ("prefix", before.config.width)
+    kept = [(runs / "pretrain" / name).read_bytes() == (tmp_path / "on" / name).read_bytes()
+            for name in ("tokenizer.tiktoken", "held_out.json")]
+    assert kept == [True, True]
+    still = dataclasses.replace(config, out=str(tmp_path / "still"), lr=0.0, structure="", objective="next_token")
+    assert train_pretrain.main(still)["loss"] == pytest.approx(last[0]["loss"], abs=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(checkpoint.load_model(still.out).parameters(), before.parameters()))
+
+
+@one_structure
+@pytest.mark.parametrize("flags, fragment", [
+    (("--width", "64"), "leave out"), (("--preset", "gpt2"), "leave out"),
+    (("--structure", "encdec"), "cannot become encdec"), (("--init", "nowhere"), "python train_pretrain.py")])
+def test_bad_flags_beside_init_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
+    flags = ("--init", str(flow[0] / "pretrain")) * ("--init" not in flags) + flags
+    assert fragment in fails(monkeypatch, capsys, train_pretrain, "--data", str(package), "--context", "64",
+                             "--out", str(tmp_path / "out"), *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_first_ppo_iteration_starts_at_the_reference(flow):
