@@ -3,9 +3,9 @@
     python evaluate.py      reads runs/pretrain, sft, rm, ppo; writes runs/report.md, report.json, report.png
 
 Rows: the base model, SFT, SFT at a lower temperature (PPO's honest rival), the best of n SFT answers by the
-reward model, PPO, and the human lines. `gold` is the labeller's score, which nothing was trained on; `about`
-its share of the identifier's words; `kl` is log pi(answer) - log pi_SFT(answer), averaged over the model's
-own answers.
+reward model, DPO where there is runs/dpo, PPO, and the human lines. `gold` is the labeller's score, which
+nothing was trained on; `about` its share of the identifier's words; `kl` is log pi(answer) -
+log pi_SFT(answer), averaged over the model's own answers.
 """
 import json
 import math
@@ -62,10 +62,10 @@ class Study:
 
 
 def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
-    """The four models and the held-out prompts."""
+    """The models of the four stages, and of DPO where it was trained; the held-out prompts."""
     folder, device = Path(config.runs), hardware.choose_device(config.device)
     models = {}
-    for stage in ("pretrain", "sft", "rm", "ppo"):
+    for stage in ["dpo"] * bool(checkpoint.steps_of(folder / "dpo")) + ["pretrain", "sft", "rm", "ppo"]:
         needed = f"python train_{stage}.py" + " --tiny" * config.tiny
         tokenizer = checkpoint.load_tokenizer(str(folder / stage), needed)
         models[stage] = checkpoint.load_model(str(folder / stage)).to(device).eval()
@@ -218,14 +218,16 @@ def last_metrics(folder: Path) -> dict:
 def build_report(config: Config) -> tuple[dict, str]:
     """(report.json's content, the examples as Markdown)."""
     study, models = load_study(config)
-    base, sft, ppo = models["pretrain"], models["sft"], models["ppo"]
+    base, sft = models["pretrain"], models["sft"]
+    policies = {name: models[name] for name in ("dpo", "ppo") if name in models}
     written = {"base": first_line(study, answers_of(study, base, 1.0)), "sft": answers_of(study, sft, 1.0),
                "sft_cool": answers_of(study, sft, config.cool), "best_of_n": best_of_n(study),
-               "ppo": answers_of(study, ppo, 1.0), "human": study.human}
+               **{name: answers_of(study, policy, 1.0) for name, policy in policies.items()},
+               "human": study.human}
     greedy = {"base": first_line(study, answers_of(study, base, 0.0)), "sft": answers_of(study, sft, 0.0),
-              "ppo": answers_of(study, ppo, 0.0)}
+              **{name: answers_of(study, policy, 0.0) for name, policy in policies.items()}}
     rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
-    authors = {"base": base, "sft": sft, "sft_cool": sft, "ppo": ppo}
+    authors = {"base": base, "sft": sft, "sft_cool": sft} | policies
     report = {name: row_of(study, answers, greedy.get(name), authors.get(name), rivals)
               for name, answers in written.items()}
     folder = Path(config.runs)
@@ -251,13 +253,13 @@ def examples(study: Study, answers: dict[str, list]) -> str:
 
 COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "f1_greedy", "win_human",
            "win_sft", "reward", "kl", "entropy", "loss", "distinct_2", "length", "ended")
-ROWS = ("base", "sft", "sft_cool", "best_of_n", "ppo", "human")
+ROWS = ("base", "sft", "sft_cool", "best_of_n", "dpo", "ppo", "human")
 
 
 def as_table(report: dict, columns: tuple = COLUMNS) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(("", *columns)) + " |", "|" + "---|" * (len(columns) + 1)]
-    for name in ROWS:
+    for name in (row for row in ROWS if row in report):
         cells = [f"{report[name][column]:.3f}" if column in report[name] else "" for column in columns]
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines)
@@ -268,16 +270,17 @@ def draw(report: dict, path: Path) -> None:
     from matplotlib.figure import Figure           # not pyplot: a notebook keeps its own backend
     figure = Figure(figsize=(11, 3.8))
     left, right = figure.subplots(1, 2)
+    shown = [row for row in ROWS if row in report]
     for k, (name, label) in enumerate((("gold", "sampled at temperature 1"), ("gold_greedy", "greedy"))):
-        rows = [row for row in ROWS if name == "gold" or row in ("base", "sft", "ppo")]
-        x = [ROWS.index(row) + 0.18 * (2 * k - 1) for row in rows]
+        rows = [row for row in shown if name == "gold" or row in ("base", "sft", "dpo", "ppo")]
+        x = [shown.index(row) + 0.18 * (2 * k - 1) for row in rows]
         y = np.array([report[row][name] for row in rows])
         low, high = (np.array([report[row][f"{name}_{side}"] for row in rows]) for side in ("low", "high"))
         left.bar(x, y, 0.34, label=label, color=("#4477aa", "#ccbb44")[k])
         left.errorbar(x, y, yerr=[y - low, high - y], fmt="none", color="black", capsize=3)
     left.axhline(report["human"]["gold"], color="grey", linestyle=":", linewidth=1)
-    left.set(xticks=range(len(ROWS)), title="gold score (95 % interval over prompts)", ylim=(0, 1))
-    left.set_xticklabels([row.replace("_", " ") for row in ROWS])
+    left.set(xticks=range(len(shown)), title="gold score (95 % interval over prompts)", ylim=(0, 1))
+    left.set_xticklabels([row.replace("_", " ") for row in shown])
     left.legend(fontsize=8, loc="upper left")
     measures = ("kl", "entropy", "loss")
     for k, name in enumerate(("sft", "ppo")):

@@ -21,6 +21,11 @@ from errors import UserError
 from tokenizer import Tokenizer
 
 
+def is_function(name: str) -> bool:
+    """Whether --reward is file.py:function, not the folder of a reward model (which may be on a drive C:)."""
+    return ":" in Path(name).name
+
+
 def load_function(name: str) -> Callable[[str, str], float]:
     """file.py:function -> the function."""
     path, _, function = name.rpartition(":")

@@ -51,9 +51,9 @@ class Config:
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 310               # steps between evaluations, 0: only at the end
+    eval_every: int = 300               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 310               # steps between checkpoints, 0: only at the end
+    save_every: int = 300               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds

@@ -119,8 +119,9 @@ class Data:
 def load_data(config: Config, run: common.Run) -> Data:
     tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
     needed = "python train_rm.py" + " --tiny" * config.tiny
-    if ":" not in config.reward and checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
-        raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
+    if not own_reward.is_function(config.reward):
+        if checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
+            raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.prompt]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of([r for r in train if r.response]))
@@ -178,7 +179,7 @@ class FourModels(torch.nn.Module):
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     policy = checkpoint.load_model(config.init, config.context)
-    if ":" in config.reward:
+    if own_reward.is_function(config.reward):
         model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer), "sft")
     else:
         reward = checkpoint.load_model(config.reward, config.context)

@@ -246,7 +246,7 @@ def test_the_report_covers_all_rows(flow, package):
                                            device="cpu"))
     assert json.loads((runs / "report.json").read_text()) == report
     assert (runs / "report.png").stat().st_size > 0 and "| ppo |" in (runs / "report.md").read_text()
-    for row in ("base", "sft", "best_of_n", "ppo", "human"):
+    for row in ("base", "sft", "best_of_n", "dpo", "ppo", "human"):
         assert 0 <= report[row]["gold_low"] <= report[row]["gold"] <= report[row]["gold_high"] <= 1
     assert abs(report["sft"]["kl"]) < 1e-4
     assert {"accuracy", "accuracy_human_sample"} <= set(report["reward_model"])
