@@ -49,11 +49,11 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(name.group(1)) for name in names if name)
 
 
-def latest(folder: Path) -> dict | None:
-    """The newest checkpoint that can be read; None where there is none. A damaged file is said and passed
-    over.
+def latest(folder: Path, step: int | None = None) -> dict | None:
+    """The newest checkpoint that can be read, or that of `step`; None where there is none. A damaged file is
+    said and passed over.
     """
-    for step in reversed(steps_of(folder)):
+    for step in reversed(steps_of(folder)) if step is None else [step]:
         path = Path(folder) / f"checkpoint-{step:07d}.pt"
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -62,11 +62,13 @@ def latest(folder: Path) -> dict | None:
     return None
 
 
-def load_model(folder: str, context: int = 0, structure: str = "") -> LanguageModel | ScalarModel:
-    """The model of a finished stage. context: tokens of a sequence that it will have to read. structure: what
-    to make of a decoder, causal or prefix, which are the same network; left empty: what it is.
+def load_model(folder: str, context: int = 0, structure: str = "",
+               step: int | None = None) -> LanguageModel | ScalarModel:
+    """The model of a stage, after its newest checkpoint or that of `step`. context: tokens of a sequence that
+    it will have to read. structure: what to make of a decoder, causal or prefix, which are the same network;
+    left empty: what it is.
     """
-    state = latest(Path(folder))
+    state = latest(Path(folder), step)
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
     saved = state["model_config"]["structure"]
@@ -84,6 +86,14 @@ def load_model(folder: str, context: int = 0, structure: str = "") -> LanguageMo
     except RuntimeError:
         raise UserError(f"{folder} was written by another version of this program; train it anew") from None
     return model.float()                       # published weights are kept in the format they came in
+
+
+def load_language_model(folder: str, context: int = 0, structure: str = "") -> LanguageModel:
+    """The same, where a model is wanted that writes."""
+    model = load_model(folder, context, structure)
+    if not isinstance(model, LanguageModel):
+        raise UserError(f"{folder} is a reward model: it scores answers and writes none")
+    return model
 
 
 def load_tokenizer(folder: str, first: str) -> Tokenizer:

@@ -28,6 +28,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
 
+GOES_ON = "the same command, without --overwrite, goes on from the last checkpoint"
+
 
 def parse(config_class, argv: list[str], description: str):
     """--field value for every field; the comment behind a field is its help. Unknown flags are refused."""
@@ -54,7 +56,7 @@ def parse(config_class, argv: list[str], description: str):
 def run(main, config_class, description: str) -> None:
     """Parse, start other ranks where that pays, run main(config). No traceback for a user's mistake."""
     def stop(signum, frame):
-        raise SystemExit(_say("stopped; the same command goes on from the last checkpoint", 128 + signum))
+        raise SystemExit(_say(f"stopped; {GOES_ON}", 128 + signum))
     signal.signal(signal.SIGTERM, stop)
     others: list[subprocess.Popen] = []
     try:
@@ -70,11 +72,11 @@ def run(main, config_class, description: str) -> None:
     except BrokenPipeError:                  # whoever read our output has seen enough
         sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT))
+        sys.exit(_say(f"interrupted; {GOES_ON}", 128 + signal.SIGINT))
     except RuntimeError:
         if not any(other.poll() for other in others):
             raise
-        sys.exit(_say("a process of this run has died; the same command goes on from the last checkpoint", 1))
+        sys.exit(_say(f"a process of this run has died; {GOES_ON}", 1))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -105,7 +107,7 @@ def _watch(others: list[subprocess.Popen]) -> None:
     while all(other.poll() in (None, 0) for other in others):
         time.sleep(0.5)
     time.sleep(10)                   # if it was a mistake of the user, this rank is about to say so itself
-    _say("a process of this run has died; the same command goes on from the last checkpoint", 1)
+    _say(f"a process of this run has died; {GOES_ON}", 1)
     os._exit(1)
 
 

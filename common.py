@@ -48,7 +48,8 @@ class Run:
 
     def sum(self, value) -> Tensor:
         """The sum over all ranks, fp64."""
-        total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+        place = "cpu" if self.device.type == "mps" else self.device            # mps has no fp64
+        total = torch.as_tensor(value).to(place).to(torch.float64, copy=True)
         if self.world > 1:
             dist.all_reduce(total)
         return total
@@ -73,15 +74,22 @@ class Run:
         return values[0]
 
     def micro_batches(self, items: list, size: int) -> list[list]:
-        """This rank's share in micro-batches of at most `size` (0: all at once); equally many on every
-        rank.
+        """This rank's share in micro-batches of about `size` (0: all at once); equally many on every rank,
+        none of them empty.
         """
         n = math.ceil(len(items) / (self.world * size)) if size else 1
+        n = max(1, min(n, len(items) // self.world))
         parts = [self.mine(items)[i::n] for i in range(n)]
         if not all(parts):
             raise UserError(f"a step has {len(items)} sequences for {self.world} ranks x {n} micro-batches; "
                             "raise batch_size or use fewer ranks")
         return parts
+
+    def finished(self, state: dict | None, steps: int) -> bool:
+        """Whether the checkpoint is the run's last, and the log's last line was written after it."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if state and path.exists() else []
+        return bool(lines) and state["step"] >= steps and json.loads(lines[-1])["step"] >= state["step"]
 
     def finished_before(self) -> dict[str, float]:
         """Nothing is left to do. Returns the last line of the log."""
@@ -97,7 +105,7 @@ class Run:
 
     def print_example(self, text: str) -> None:
         indented = text.replace("\n", "\n  ")
-        self.print(f"One example; [[ ]] marks the tokens whose prediction is counted:\n  {indented}")
+        self.print(f"One example; between [[ and ]] what is to be predicted, or scored:\n  {indented}")
 
     def write_samples(self, rows: list[tuple[str, str, str]]) -> None:
         """samples.txt: prompt, what a human wrote, what the model wrote; two of them on the screen."""
@@ -142,11 +150,12 @@ def apply_tiny(config) -> None:
 
 
 def check(config) -> None:
-    for name in ("steps", "batch_size", "context"):
-        if getattr(config, name) < 1:
+    for name in ("steps", "batch_size", "context", "row", "epochs", "minibatch_size", "ptx_size", "max_new",
+                 "eval_size"):
+        if getattr(config, name, 1) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every", "save_every",
-                 "source_weight"):
+    for name in ("seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
+                 "save_every", "source_weight"):
         if getattr(config, name, 0) < 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must not be negative")
     if config.keep < 1:

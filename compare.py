@@ -5,7 +5,7 @@
 Every row reads the same tokens of text in pretraining, then the same pairs in fine-tuning, with loss on the
 answer alone. `loss_prefix_lm`: nats per token of the ends of held-out texts, given their beginnings, where
 that is what the row has learnt to write; `loss_sft`: per token of held-out human answers. The encoder-decoder
-has nearly twice the parameters of a decoder, and each token passes half of them (Raffel et al. 2020, 3.2.2).
+has 1.65 times the parameters of a decoder, and each token passes half of them (Raffel et al. 2020, 3.2.2).
 """
 import contextlib
 import json
@@ -35,7 +35,7 @@ ROWS = (("causal", "next_token"), ("causal", "prefix_lm"), ("prefix", "prefix_lm
         ("prefix", "span_corruption"), ("prefix", "ul2"), ("prefix", "glm_130b"),
         ("encdec", "prefix_lm"), ("encdec", "span_corruption"), ("encdec", "bart"))
 WRITES_ON = ("next_token", "prefix_lm", "ul2")      # objectives that teach to go on with a text
-COLUMNS = {"parameters": "parameters", "seconds": "seconds", "loss_prefix_lm": "loss, prefix LM",
+COLUMNS = {"parameters": "parameters", "loss_prefix_lm": "loss, prefix LM",
            "loss_sft": "loss, SFT", "gold": "gold, T = 1", "gold_greedy": "gold, greedy",
            "about_greedy": "about, greedy"}
 
@@ -122,7 +122,7 @@ def table_of(results: list[dict]) -> str:
         cells = []
         for name in COLUMNS if rows else ():
             values = [row[name] for row in rows if name in row]
-            digits = 0 if name in ("parameters", "seconds") else 3
+            digits = 0 if name == "parameters" else 3
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 and digits else ""
             cells.append(f"{np.mean(values):,.{digits}f}{spread}" if values else "")
         lines.append("| " + " | ".join((structure, objective, *cells)) + " |")

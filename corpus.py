@@ -263,8 +263,9 @@ def read_jsonl(path: str, content: str) -> list[Record]:
             keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{path}:{number}: found {keys or 'no keys'}; accepted are the keys "
                             + "; ".join(ACCEPTED))
+        first = found[0]                       # all pairs of a dialogue have one name, and go together
+        name = function_name(first.get("prompt", "")) or first.get("prompt") or first["text"]
         for fields in found:
-            name = function_name(fields.get("prompt", "")) or fields.get("prompt") or fields["text"]
             origin = row["source"] if isinstance(row.get("source"), str) else ""
             records.append(Record(name, **fields, origin=origin))
     return records
@@ -330,13 +331,14 @@ def split(records: list[Record], kept: set[str] = frozenset()) -> tuple[list[Rec
     """(training, held out): no name occurs in both. kept: the held-out names that an earlier stage wrote
     down.
 
-    Where the rule leaves nothing on one side (a handful of records), the last tenth is held out.
+    Where the rule leaves nothing on one side (a handful of records), the last tenth of the names is held out.
     """
     held = [record for record in records if record.name in kept or is_held_out(record.name)]
     train = [record for record in records if not (record.name in kept or is_held_out(record.name))]
-    if (not held or not train) and len(records) > 1:
-        n = max(1, len(records) // 10)
-        return records[:-n], records[-n:]
+    names = list(dict.fromkeys(record.name for record in records))
+    if (not held or not train) and len(names) > 1:
+        last = set(names[-max(1, len(names) // 10):])
+        return [r for r in records if r.name not in last], [r for r in records if r.name in last]
     return train, held
 
 

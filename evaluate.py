@@ -56,32 +56,35 @@ class Study:
     texts: list                         # the prompts as text
     labeller: Labeller
     reference: torch.nn.Module          # SFT
-    reward: torch.nn.Module
+    reward: torch.nn.Module | None      # the reward model, where there is one
     device: torch.device
     config: Config
 
 
 def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
-    """The models of the four stages, and of DPO where it was trained; the held-out prompts."""
+    """The models of the stages that have been run, pretraining and SFT at least; the held-out prompts."""
     folder, device = Path(config.runs), hardware.choose_device(config.device)
     models = {}
-    for stage in ["dpo"] * bool(checkpoint.steps_of(folder / "dpo")) + ["pretrain", "sft", "rm", "ppo"]:
+    optional = [stage for stage in ("rm", "dpo", "ppo") if checkpoint.steps_of(folder / stage)]
+    for stage in ["pretrain", "sft", *optional]:
         needed = f"python train_{stage}.py" + " --tiny" * config.tiny
         tokenizer = checkpoint.load_tokenizer(str(folder / stage), needed)
         models[stage] = checkpoint.load_model(str(folder / stage)).to(device).eval()
-    kept = checkpoint.held_out_names(str(folder / "ppo"))
+    kept = set.union(*(checkpoint.held_out_names(str(folder / stage)) for stage in models))
+    context = json.loads((folder / "sft" / "config.json").read_text())["context"]
     records = corpus.load_records(config.data, config.tiny)
     train, held_out = corpus.split(records, kept)
     run = common.Run(folder, device, torch.float32)
-    rows = data.token_rows(run, tokenizer, [r for r in held_out if r.response], ("prompt", "response"), 128)
+    pairs = [record for record in held_out if record.response]
+    rows = data.token_rows(run, tokenizer, pairs, ("prompt", "response"), context)
     if not rows:
         raise UserError(f"--data {config.data}: the report wants held-out pairs (prompt + response)")
     order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
     prompts, human = zip(*((rows[i].source, rows[i].targets[0]) for i in order))
     texts = [tokenizer.decode(prompt) for prompt in prompts]
     labeller = Labeller(data.texts_of([record for record in train if record.response]))
-    return Study(tokenizer, list(prompts), list(human), texts, labeller, models["sft"], models["rm"], device,
-                 config), models
+    return Study(tokenizer, list(prompts), list(human), texts, labeller, models["sft"], models.get("rm"),
+                 device, config), models
 
 
 def answers_of(study: Study, model, temperature: float, prompts: list | None = None) -> list[list[int]]:
@@ -112,14 +115,15 @@ def read(study: Study, model, answers: list[list[int]]) -> list[tuple[data.Batch
     return outputs
 
 
-def logprobs_of(study: Study, model, answers: list[list[int]],
-                sampled: bool = True) -> tuple[np.ndarray, float]:
+def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = True,
+                temperature: float = 1.0) -> tuple[np.ndarray, float]:
     """log p of every answer, and the mean entropy per token, in nats. sampled: in the distribution that
-    generate draws from; otherwise over the whole vocabulary, as the loss in training.
+    generate draws from at that temperature; otherwise over the whole vocabulary, as the loss in training.
     """
     sums, entropies = [], []
     for batch, logits_NV in read(study, model, answers):
         if sampled:
+            logits_NV = logits_NV / temperature
             logits_NV[:, never_drawn(model, study.tokenizer)] = float("-inf")
         logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
         document_N = batch.document[batch.loss_mask]
@@ -143,6 +147,13 @@ def best_of_n(study: Study) -> list[list[int]]:
     samples = answers_of(study, study.reference, 1.0, [prompt for prompt in study.prompts for _ in range(n)])
     rewards = np.stack([rewards_of(study, samples[k::n]) for k in range(n)])
     return [samples[i * n + int(rewards[:, i].argmax())] for i in range(len(study.prompts))]
+
+
+def kl_of_best(n: int) -> float:
+    """KL of the best of n samples to the distribution that they are drawn from: log n - (n - 1) / n nats
+    (Stiennon et al. 2020, appendix G.3).
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def golds_of(study: Study, answers: list[list[int]]) -> np.ndarray:
@@ -177,9 +188,10 @@ def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
     return float(np.mean(wins))
 
 
-def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray]) -> dict:
-    """One row of the report. model: the one that wrote the answers, None for best-of-n and for the human
-    lines.
+def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray],
+           temperature: float = 1.0) -> dict:
+    """One row of the report. model: the one that drew the answers at that temperature, None for best-of-n and
+    the human lines. Where there are no greedy answers, their figures are those of `answers`.
     """
     golds, lines = golds_of(study, answers), [study.tokenizer.decode(answer) for answer in answers]
     human = [study.tokenizer.decode(answer) for answer in study.human]
@@ -193,14 +205,15 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
                                    for prompt, answer in zip(study.texts, shown)])
     row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line)
                                 for answer, line in zip(shown, human)])
-    row["reward"] = rewards_of(study, answers).mean()
+    if study.reward:
+        row["reward"] = rewards_of(study, answers).mean()
     row["win_human"] = win_rate(study, golds, rivals["human"])
     row["win_sft"] = win_rate(study, golds, rivals["sft"])
     row["distinct_2"] = distinct(lines)
     row["length"] = np.mean([len(answer) for answer in answers])
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
     if model is not None:
-        logprobs, row["entropy"] = logprobs_of(study, model, answers)
+        logprobs, row["entropy"] = logprobs_of(study, model, answers, temperature=temperature)
         row["kl"] = (logprobs - logprobs_of(study, study.reference, answers)[0]).mean()
         human_logprobs, _ = logprobs_of(study, model, study.human, sampled=False)
         row["loss"] = -human_logprobs.sum() / sum(map(len, study.human))
@@ -218,27 +231,33 @@ def last_metrics(folder: Path) -> dict:
 def build_report(config: Config) -> tuple[dict, str]:
     """(report.json's content, the examples as Markdown)."""
     study, models = load_study(config)
-    base, sft = models["pretrain"], models["sft"]
+    base, sft, config = models["pretrain"], models["sft"], study.config
     policies = {name: models[name] for name in ("dpo", "ppo") if name in models}
     written = {"base": first_line(study, answers_of(study, base, 1.0)), "sft": answers_of(study, sft, 1.0),
-               "sft_cool": answers_of(study, sft, config.cool), "best_of_n": best_of_n(study),
-               **{name: answers_of(study, policy, 1.0) for name, policy in policies.items()},
-               "human": study.human}
-    greedy = {"base": first_line(study, answers_of(study, base, 0.0)), "sft": answers_of(study, sft, 0.0),
-              **{name: answers_of(study, policy, 0.0) for name, policy in policies.items()}}
+               "sft_cool": answers_of(study, sft, config.cool), "human": study.human}
+    greedy = {"base": first_line(study, answers_of(study, base, 0.0)), "sft": answers_of(study, sft, 0.0)}
+    for name, policy in policies.items():
+        written[name], greedy[name] = answers_of(study, policy, 1.0), answers_of(study, policy, 0.0)
+    if study.reward:
+        written["best_of_n"] = best_of_n(study)
     rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
     authors = {"base": base, "sft": sft, "sft_cool": sft} | policies
-    report = {name: row_of(study, answers, greedy.get(name), authors.get(name), rivals)
-              for name, answers in written.items()}
+    report = {name: row_of(study, written[name], greedy.get(name), authors.get(name), rivals,
+                           config.cool if name == "sft_cool" else 1.0) for name in ROWS if name in written}
+    del report["base"]["kl"], report["base"]["entropy"]      # its first lines alone: no samples of its own
+    if study.reward:
+        report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
     folder = Path(config.runs)
     report["base"]["bits_per_byte"] = round(last_metrics(folder / "pretrain")["bits_per_byte"], 4)
-    report["reward_model"] = {name: round(value, 4) for name, value in last_metrics(folder / "rm").items()
+    of_reward_model = last_metrics(folder / "rm") if study.reward else {}
+    report["reward_model"] = {name: round(value, 4) for name, value in of_reward_model.items()
                               if "accuracy" in name}
     report["seconds"] = {stage: last_metrics(folder / stage)["seconds"] for stage in models}
     report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     report["processor"] = hardware.processor_name(study.device)
     report["prompts"] = len(study.prompts)
-    return report, examples(study, {"human": study.human, **greedy, "best_of_n": written["best_of_n"]})
+    best = {"best_of_n": written["best_of_n"]} if study.reward else {}
+    return report, examples(study, {"human": study.human, **greedy, **best})
 
 
 def examples(study: Study, answers: dict[str, list]) -> str:
@@ -283,7 +302,7 @@ def draw(report: dict, path: Path) -> None:
     left.set_xticklabels([row.replace("_", " ") for row in shown])
     left.legend(fontsize=8, loc="upper left")
     measures = ("kl", "entropy", "loss")
-    for k, name in enumerate(("sft", "ppo")):
+    for k, name in enumerate([row for row in ("sft", "ppo" if "ppo" in report else "dpo") if row in report]):
         right.bar(np.arange(3) + 0.18 * (2 * k - 1), [report[name][m] for m in measures], 0.34, label=name,
                   color=("#66ccee", "#aa3377")[k])
     right.set(xticks=range(3), title="what it costs, in nats")
@@ -304,7 +323,7 @@ def main(config: Config) -> dict:
     text = (f"# What each stage changed\n\n{report['prompts']} held-out functions; {report['processor']}, "
             f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\n"
             f"Base model: {report['base']['bits_per_byte']:.3f} bits per byte of held-out text. "
-            f"Reward model: {accuracy}.\n\n![report](report.png)\n\n"
+            + f"Reward model: {accuracy}." * bool(accuracy) + f"\n\n![report](report.png)\n\n"
             f"## Ten of them, with the labeller's score\n\n{shown}\n")
     draw(report, folder / "report.png")
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())

@@ -16,7 +16,7 @@ import command_line
 import common
 import hardware
 import masks
-from checkpoint import load_model, load_tokenizer
+from checkpoint import load_language_model, load_tokenizer
 from corpus import function_name, function_prompt
 from errors import UserError
 from model import KVCache, LanguageModel
@@ -42,7 +42,8 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
         logits_BV = logits_BV.masked_fill(dropped_BV, float("-inf"))
     # the inverse of the cumulative distribution: several times faster on a CPU than torch.multinomial
-    cumulative_BV = logits_BV.softmax(-1).double().cumsum(-1)
+    wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    cumulative_BV = logits_BV.softmax(-1).to(wide).cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     drawn_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device, dtype=total_B1.dtype)
     return torch.searchsorted(cumulative_BV, drawn_B1 * total_B1, right=True).squeeze(1)
@@ -184,7 +185,8 @@ def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]
     mine = {}
     for i in run.progress(run.mine(list(range(len(parts)))), "sampling answers"):
         generator = torch.Generator(run.device).manual_seed(1_000_003 * seed + i)
-        mine[i] = generate(model, parts[i], tokenizer, max_new, temperature, generator=generator)
+        with run.autocast():
+            mine[i] = generate(model, parts[i], tokenizer, max_new, temperature, generator=generator)
     answers = run.gather(mine)
     return [answer for i in range(len(parts)) for answer in answers[i]]
 
@@ -220,10 +222,7 @@ def main(config: Config) -> list[str]:
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)
     tokenizer = load_tokenizer(config.run, first="python train_pretrain.py")
-    model = load_model(config.run)
-    if not isinstance(model, LanguageModel):
-        raise UserError(f"{config.run} is a reward model: it scores answers and writes none")
-    model.to(device)
+    model = load_language_model(config.run).to(device)
     generator = torch.Generator(device).manual_seed(config.seed)
 
     def answer(prompts: list[str]) -> list[str]:

@@ -217,7 +217,7 @@ class Block(nn.Module):
 
         pre              x + f(norm(x))                Radford et al. 2019, and most since
         post             norm(x + f(x))                Vaswani et al. 2017, section 3.1
-        deepnorm         norm(alpha x + f(x))          Wang et al. 2022; for N layers their alpha is
+        deepnorm         norm(alpha x + f(x))          Wang et al. 2022a; for N layers their alpha is
                                                        (2N)^(1/4), and (2N)^(1/2), as here, GLM-130B's
         normed_residual  alpha norm(x) + f(norm(x))    ChatGLM-6B: deepnorm, begun one norm earlier
 

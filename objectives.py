@@ -58,7 +58,7 @@ def n_noise_spans(length: int, density: float = 0.15, mean_span: float = 3.0) ->
 
 def span_corruption(text: list[int], rng: np.random.Generator, sentinels: list[int],
                     density: float = 0.15, mean_span: float = 3.0) -> Pair:
-    """T5's denoising (Raffel et al. 2020, section 3.1.4 and figure 2).
+    """T5's denoising (Raffel et al. 2020, section 3.3.4 and figure 2).
 
     15 % of the tokens are noise, in spans of mean length 3. Noise and kept tokens are each cut into as many
     random segments and interleaved, a kept one first: noise ends the text, and a single span is its end.

@@ -73,7 +73,7 @@ class Config:
     save_every: int = 20                # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
+    overwrite: bool = False             # replace the run that the folder holds, from the beginning
     micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
@@ -93,6 +93,10 @@ def set_up(config: Config) -> common.Run:
     if config.batch_size % config.minibatch_size or config.minibatch_size % run.world:
         raise UserError(f"minibatch_size {config.minibatch_size} must divide batch_size {config.batch_size} "
                         f"and be a multiple of the {run.world} ranks")
+    if config.ptx_size % run.world:
+        raise UserError(f"ptx_size {config.ptx_size} must be a multiple of the {run.world} ranks")
+    if config.temperature <= 0:
+        raise UserError(f"temperature is {config.temperature}; policy gradients want answers that are drawn")
     known = {"advantage": ("gae", "rloo", "grpo"), "kl_estimator": ("k1", "k2", "k3"),
              "value_init": ("reward", "sft")}
     for name, values in known.items():
@@ -178,7 +182,7 @@ class FourModels(torch.nn.Module):
 
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
-    policy = checkpoint.load_model(config.init, config.context)
+    policy = checkpoint.load_language_model(config.init, config.context)
     if own_reward.is_function(config.reward):
         model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer), "sft")
     else:
@@ -280,8 +284,9 @@ def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: 
     """The policy's own answers. The draws are a function of seed, step and rank."""
     generator = torch.Generator(run.device).manual_seed((config.seed * 100_003 + step) * 1_009 + run.rank)
     policy = common.unwrap(model.policy)
-    return generate(policy, prompts, loaded.tokenizer, config.max_new, config.temperature,
-                    generator=generator)
+    with run.autocast():
+        return generate(policy, prompts, loaded.tokenizer, config.max_new, config.temperature,
+                        generator=generator)
 
 
 def answer_logits(config: Config, loaded: Data, network, batch: data.Batch, batch_masks: masks.Masks,
@@ -341,7 +346,8 @@ def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]
 
 def whiten_together(run: common.Run, rollouts: list[Rollout], name: str, shift_mean: bool = True) -> None:
     """Whiten over all tokens of the iteration, those of the other ranks too."""
-    x_N = torch.cat([getattr(r, name)[r.actions] for r in rollouts]).double()
+    x_N = torch.cat([getattr(r, name)[r.actions] for r in rollouts])
+    x_N = x_N if x_N.device.type == "mps" else x_N.double()
     n, total, squares = run.sum(torch.stack([torch.ones_like(x_N).sum(), x_N.sum(), (x_N ** 2).sum()]))
     mean, var = (total / n).float(), (squares / n - (total / n) ** 2).float()
     for r in rollouts:
@@ -452,7 +458,7 @@ def warnings_of(now: dict[str, float], first: dict[str, float]) -> list[str]:
     """What a reader of the log should look at: the usual traces of a reward that is being exploited.
 
     first: the figures of the first iteration, when the policy was still the reference. Reward and loss do not
-    tell; length, repetition, KL, entropy and the share of answers that end do (Zheng et al. 2023, section 4).
+    tell; length and KL do (Zheng et al. 2023, section 5.2), and repetition, entropy and the share that ends.
     """
     signs = [
         (not 0.6 < now["length"] / first["length"] < 1.5,
@@ -495,7 +501,7 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if state and state["step"] >= config.steps:
+    if run.finished(state, config.steps):
         return run.finished_before()
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
@@ -519,6 +525,8 @@ def main(config: Config) -> dict[str, float]:
         if signs := warnings_of(log.last, log.first):
             run.print("look at samples: " + "; ".join(signs))
 
+    if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
+        log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
     run.finish("python evaluate.py", config.tiny)

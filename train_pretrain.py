@@ -55,7 +55,7 @@ class Config:
     save_every: int = 300               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
+    overwrite: bool = False             # replace the run that the folder holds, from the beginning
     micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
@@ -125,7 +125,7 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     sizes = dict(vocab=tokenizer.vocab, layers=config.layers, heads=config.heads, width=config.width)
     if config.init:
-        model = checkpoint.load_model(config.init, config.context, config.structure)
+        model = checkpoint.load_language_model(config.init, config.context, config.structure)
     elif config.preset:
         model = model_file.build(
             model_file.preset_for(config.preset, config.structure, config.context, **sizes))
@@ -216,7 +216,7 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if state and state["step"] >= config.steps:
+    if run.finished(state, config.steps):
         return run.finished_before()
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
@@ -237,6 +237,8 @@ def main(config: Config) -> dict[str, float]:
         if common.due(step + 1, config.eval_every, config.steps):
             log.line(step + 1, **evaluate(config, run, loaded, model))
 
+    if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
+        log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
     run.finish("python train_sft.py", config.tiny)

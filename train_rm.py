@@ -1,6 +1,6 @@
 """Reward model: learn from rankings which of two answers people prefer.
 
-    data              K = 4 ... 9 answers to each prompt, the human one and samples of the SFT model, ranked
+    data              K answers to each prompt (Ouyang: 4 to 9), the human one and samples of SFT, ranked
                       by the simulated labeller (or --data with prompt + chosen + rejected; of several files
                       a.jsonl,b.jsonl or of records with a key "source" the accuracy is told one by one)
     initial weights   the SFT model, its unembedding replaced by one vector: a scalar per token
@@ -54,7 +54,7 @@ class Config:
     save_every: int = 300               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
+    overwrite: bool = False             # replace the run that the folder holds, from the beginning
     micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
@@ -88,7 +88,7 @@ def load_data(config: Config, run: common.Run) -> Data:
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response or r.chosen]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of(train))
-    sft = checkpoint.load_model(config.init, config.context).to(run.device)
+    sft = checkpoint.load_language_model(config.init, config.context).to(run.device)
     rng = np.random.default_rng(config.seed)
     train = [train[i] for i in rng.permutation(len(train))[:config.prompts]]
     held_out = [held_out[i] for i in rng.permutation(len(held_out))[:config.eval_size]]
@@ -115,7 +115,7 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
-    model = model_file.ScalarModel(checkpoint.load_model(config.init, config.context))
+    model = model_file.ScalarModel(checkpoint.load_language_model(config.init, config.context))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device)
 
@@ -220,12 +220,14 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if state and state["step"] >= config.steps:
+    if run.finished(state, config.steps):
         return run.finished_before()
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
+    if start < config.steps:                           # a finished run that goes on is normalised anew
+        model.mean.zero_(), model.std.fill_(1.0)
     first = examples_of_step(config, loaded, start)[0]
     run.print_example(data.show(first, model.config.structure, loaded.tokenizer))
     common.open_run(run, config, loaded.tokenizer, loaded.names)
@@ -243,6 +245,8 @@ def main(config: Config) -> dict[str, float]:
         if common.due(step + 1, config.eval_every, config.steps):
             log.line(step + 1, **evaluate(config, run, loaded, model))
 
+    if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
+        log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
     print_sources(run, log.last)

@@ -5,6 +5,7 @@
     mask              the structure's: causal, prefix or encdec; never across documents
     objective         next token on the response and its end token (Ouyang et al. 2022, section 3.5), and here
                       on the prompt too, times source_weight: there a small model learns to carry words over
+                      (`train_loss` counts both, the held-out `loss` the response alone)
     what is trained   everything, to predict each target token from what its mask lets it see
 """
 import math
@@ -46,7 +47,7 @@ class Config:
     save_every: int = 300               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
-    overwrite: bool = False             # replace the run that the folder holds
+    overwrite: bool = False             # replace the run that the folder holds, from the beginning
     micro_batch_size: int = 0           # sequences in one forward pass, 0: the whole step
     seed: int = 1                       # decides weights, order and draws
     device: str = "auto"                # auto, cpu, cuda, mps
@@ -100,7 +101,7 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
-    model = checkpoint.load_model(config.init, config.context)
+    model = checkpoint.load_language_model(config.init, config.context)
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device)
 
@@ -185,7 +186,7 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if state and state["step"] >= config.steps:
+    if run.finished(state, config.steps):
         return run.finished_before()
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
@@ -206,6 +207,8 @@ def main(config: Config) -> dict[str, float]:
         if common.due(step + 1, config.eval_every, config.steps):
             log.line(step + 1, **evaluate(config, run, loaded, model))
 
+    if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
+        log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
     run.finish("python train_rm.py", config.tiny)

@@ -16,7 +16,7 @@ import train_pretrain
 import train_ppo
 import train_rm
 import train_sft
-from errors import Fault, UserError
+from errors import Fault
 
 # ---- PPO against its rivals --------------------------------------------------------------------------------
 
@@ -32,16 +32,18 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     rows = rows_of(study, rivals, {"sft": study.reference} | models)
     cooled = {t: evaluate.answers_of(study, study.reference, t) for t in (0.2, 0.35, 0.5, 0.7)}
     temperature = max(cooled, key=lambda t: evaluate.golds_of(study, cooled[t]).mean())
-    for name, answers in (("sft_cool", cooled[temperature]), ("best_of_n", evaluate.best_of_n(study)),
-                          ("human", study.human)):
+    rows["sft_cool"] = evaluate.row_of(study, cooled[temperature], None, study.reference, rivals, temperature)
+    for name, answers in (("best_of_n", evaluate.best_of_n(study)), ("human", study.human)):
         rows[name] = evaluate.row_of(study, answers, None, None, rivals)
     rows["sft_cool"]["temperature"] = temperature
-    rows["best_of_n"]["kl"] = round(math.log(study.config.best_of) - 1 + 1 / study.config.best_of, 4)
+    rows["best_of_n"]["kl"] = evaluate.kl_of_best(study.config.best_of)
     return [{"row": name, **row} for name, row in rows.items()]
 
 
 def best_answers(flow: Flow, study: evaluate.Study) -> str:
-    """A .jsonl with the best of n samples to each training prompt, as the reward model sees it."""
+    """A .jsonl with the best of n samples to each of 4000 prompts, as the reward model sees it. (SFT on it
+    holds out the same names as ever.)
+    """
     path = flow.folder / "best_of_n.jsonl"
     if not path.exists():
         records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
@@ -104,10 +106,14 @@ def ptx(flow: Flow) -> list[dict]:
 def over_optimisation(flow: Flow) -> list[dict]:
     """Without a KL penalty the reward goes on rising while the gold score turns down (Gao et al. 2022)."""
     study = flow.study()
-    folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, **dict(flow.steps(train_ppo, 2.5), warmup=10), lr=1e-3)
-    rows = [{"row": f"PPO, iteration {line['step']}", "kind": "ppo", "kl": line["kl"],
-             "reward": line["reward"], "gold": line["gold"]} for line in metrics_of(folder)]
     study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
+    steps = flow.steps(train_ppo, 2.5)["steps"]
+    folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, lr=1e-3, steps=steps, save_every=max(1, steps // 12),
+                      keep=99)
+    rows = [{"row": "PPO, iteration 0", "kind": "ppo", **judged(study, study.reference)}]
+    for step in checkpoint.steps_of(folder):
+        rows.append({"row": f"PPO, iteration {step}", "kind": "ppo",
+                     **judged(study, checkpoint.load_model(folder, step=step))})
     most = 8 if flow.config.tiny else 64
     prompts = [prompt for prompt in study.prompts for _ in range(most)]
     samples = evaluate.answers_of(study, study.reference, 1.0, prompts)
@@ -119,9 +125,19 @@ def over_optimisation(flow: Flow) -> list[dict]:
         best = [reward_NP[at].argmax(0) for at in groups]
         reward, gold = (float(np.mean([np.take_along_axis(x[at], which[None], 0)
                                        for at, which in zip(groups, best)])) for x in (reward_NP, gold_NP))
-        rows.append({"row": f"best of {n}", "kind": "best_of_n", "kl": math.log(n) - 1 + 1 / n,
+        rows.append({"row": f"best of {n}", "kind": "best_of_n", "kl": evaluate.kl_of_best(n),
                      "reward": reward, "gold": gold})
     return rows
+
+
+def judged(study: evaluate.Study, policy, n: int = 4) -> dict[str, float]:
+    """The reward model's score, the labeller's, and the KL to SFT, over n answers to each prompt."""
+    study = dataclasses.replace(study, prompts=n * study.prompts, texts=n * study.texts)
+    answers = evaluate.answers_of(study, policy, 1.0)
+    logprobs, ref_logprobs = (evaluate.logprobs_of(study, m, answers)[0] for m in (policy, study.reference))
+    return {"kl": float((logprobs - ref_logprobs).mean()),
+            "reward": float(evaluate.rewards_of(study, answers).mean()),
+            "gold": float(evaluate.golds_of(study, answers).mean())}
 
 
 def gained(rows: list[dict], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +184,10 @@ def draw_over_optimisation(rows: list[dict], path: Path) -> None:
 # ---- the reward model --------------------------------------------------------------------------------------
 
 def reward_model_accuracy(flow: Flow) -> list[dict]:
-    """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score."""
+    """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score.
+
+    Fewer prompts are read as often as all are (at least a sixth of the steps).
+    """
     study, rows = flow.study(), []
     rivals = rivals_of(study)
     everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
@@ -187,7 +206,10 @@ def reward_model_accuracy(flow: Flow) -> list[dict]:
 
 
 def reward_model_data(flow: Flow) -> list[dict]:
-    """A reward model needs many comparisons, and agrees only as far as its labellers do."""
+    """A reward model needs many comparisons, and agrees only as far as its labellers do.
+
+    Fewer prompts are read as often as all are (at least a sixth of the steps).
+    """
     everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
     variants = {f"1/{part} of the prompts": (part, 0.0) for part in (64, 16, 4, 1)}
     variants |= {f"1/4 of the prompts, {noise:.1%} wrong": (4, noise) for noise in (0.125, 0.25, 0.375)}
@@ -197,7 +219,8 @@ def reward_model_data(flow: Flow) -> list[dict]:
                         **flow.steps(train_rm, max(1 / part, 1 / 6)))
         folder = f"rm_1_of_{part}" + f"_noise_{noise}" * bool(noise)
         rm = flow.rm(folder, **settings) if part > 1 else flow.rm()
-        rows.append({"row": name, "prompts": settings["prompts"], "label_noise": noise, **accuracies_of(rm)})
+        rows.append({"row": name, "prompts": settings["prompts"], "label_noise": noise,
+                     "steps": metrics_of(rm)[-1]["step"], **accuracies_of(rm)})
     return rows
 
 
@@ -207,9 +230,7 @@ def accuracies_of(rm: str) -> dict[str, float]:
 
 def reward_model_boundary(flow: Flow) -> list[dict]:
     """Where a reward model stops generalising: other packages, lengths, kinds of pairs, later samples."""
-    files = corpus.corpus_files(flow.config.tiny) if not flow.config.data else []
-    if not files:
-        raise UserError("reward_model_boundary compares packages of the default corpus: no --data here")
+    files = corpus.corpus_files(flow.config.tiny)
     packages = sorted({module.split(".")[0] for _, module in files})
     inside = set(np.random.default_rng(flow.seed).permutation(packages)[:len(packages) // 2])
     of_package = {place: [r for r in corpus.scan(chosen) if r.response] for place, chosen in (
@@ -229,8 +250,10 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
         rm = flow.rm("rm_" + first.replace(" ", "_"), **half, data=texts[first])
         rows += [{"row": f"{first}, tested on {place}", **accuracy(rm, data=text)}
                  for place, text in texts.items()]
-    rm = flow.rm("rm_human", **half, answers=2)
-    rows.append({"row": "human against sample alone, tested on all pairs", **accuracy(rm, answers=5)})
+    for name, kinds in (("all kinds of pairs, half the budget", {}),
+                        ("human against sample alone", dict(answers=2, mismatched=0))):
+        rm = flow.rm("rm_" + name.split()[0], **half, **kinds)
+        rows.append({"row": f"{name}, tested on all kinds", **accuracy(rm, answers=5)})
     rows.append({"row": "all, tested on SFT's samples", **accuracy(flow.rm())})
     rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), init=flow.ppo())})
     return rows

@@ -101,11 +101,12 @@ def pretraining_settings(flow: Flow) -> list[dict]:
     """Pretraining is sensitive to its settings: learning rate x warm-up x batch, at equal tokens."""
     rows = []
     for batch_size, share in ((4, 0.1), (16, 0.1 / 4)):
-        for warmup in (1, 50):
+        for warmup_share in (1 / 200, 1 / 4):
             for lr in (3e-4, 3e-3, 3e-2, 1e-1):
-                steps = flow.steps(train_pretrain, share) | dict(warmup=warmup)
-                name = f"pretrain_batch{batch_size}_warmup{warmup}_lr{lr:g}"
-                row = {"row": f"batch {batch_size}, warm-up {warmup}, lr {lr:g}", "lr": lr}
+                steps = flow.steps(train_pretrain, share)
+                steps["warmup"] = round(warmup_share * steps["steps"])
+                name = f"pretrain_batch{batch_size}_warmup{warmup_share:.1%}_lr{lr:g}"
+                row = {"row": f"batch {batch_size}, warm-up {warmup_share:.1%}, lr {lr:g}", "lr": lr}
                 try:
                     folder = flow.train(train_pretrain, name, batch_size=batch_size, lr=lr, eval_every=0,
                                         **steps)

@@ -1,5 +1,6 @@
 """notebooks/claims.py: its arithmetic, and that the committed record is what it would write."""
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -37,10 +38,18 @@ def test_table_has_a_line_per_row_and_no_other_claims():
 
 
 @pytest.mark.parametrize("claim", sorted({row["claim"] for row in claims.read_record(RECORD)}))
-def test_the_readme_shows_the_record(claim):
-    """A measurement that is in the record is shown in the README or in the notebook, with the record's figures."""
-    if claim in README:
-        assert claims.table_of(claims.read_record(RECORD), claim) in README
+def test_what_is_on_record_is_shown(claim):
+    """In the README behind a mark, with the record's figures, or in the notebook, which reads them itself."""
+    marked = f"<!-- claims.py --only {claim} -->\n\n"
+    if marked in README:
+        assert marked + claims.table_of(claims.read_record(RECORD), claim) + "\n" in README
+    else:
+        assert f'\\"{claim}\\"' in (ROOT / "notebooks" / "7_the_claims_measured.ipynb").read_text(encoding="utf-8")
+
+
+def test_nothing_is_shown_that_is_not_on_record():
+    on_record = {row["claim"] for row in claims.read_record(RECORD)}
+    assert set(re.findall(r"<!-- claims.py --only (\w+) -->", README)) <= on_record
 
 
 def test_an_unknown_measurement_is_one_sentence(tmp_path):
