@@ -31,7 +31,7 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
     """
     if run.rank:
         return
-    state = {"step": step, "config": dataclasses.asdict(config),
+    state = {"step": step, "config": dataclasses.asdict(config), "init_step": init_step(config),
              "model_config": dataclasses.asdict(model_config),
              **{name: part.state_dict() for name, part in parts.items()}}
     for half_written in run.folder.glob("checkpoint-*.tmp"):           # a run was killed in the middle of it
@@ -40,6 +40,12 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
         torch.save(state, file)
     for old in steps_of(run.folder)[:-config.keep]:
         (run.folder / f"checkpoint-{old:07d}.pt").unlink()
+
+
+def init_step(config) -> int:
+    """The step of the checkpoint that the run starts from; 0 where it starts from random weights."""
+    steps = steps_of(Path(config.init)) if getattr(config, "init", "") else []
+    return steps[-1] if steps else 0
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -126,6 +132,8 @@ def open_folder(folder: Path, config) -> dict | None:
     before = dataclasses.asdict(type(config)()) | state["config"]   # what is new in Config had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items()
                if name not in FREE and before[name] != value]
+    if state.get("init_step", init_step(config)) != init_step(config):      # reference and samples are its
+        changed.append(f"{config.init} at step {state['init_step']} -> {init_step(config)}")
     if changed:
         raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or --overwrite it")

@@ -201,8 +201,9 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
     row["gold_greedy"] = greedy_golds.mean()
     row["gold_greedy_low"], row["gold_greedy_high"] = interval(greedy_golds, study.config.seed)
     shown = greedy if greedy else answers
-    row["about_greedy"] = np.mean([labeller_file.about(prompt, study.tokenizer.decode(answer))
-                                   for prompt, answer in zip(study.texts, shown)])
+    for name, of in (("about", answers), ("about_greedy", shown)):
+        row[name] = np.mean([labeller_file.about(prompt, study.tokenizer.decode(answer))
+                             for prompt, answer in zip(study.texts, of)])
     row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line)
                                 for answer, line in zip(shown, human)])
     if study.reward:
@@ -270,7 +271,7 @@ def examples(study: Study, answers: dict[str, list]) -> str:
     return "\n\n".join(blocks)
 
 
-COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "f1_greedy", "win_human",
+COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about", "about_greedy", "f1_greedy", "win_human",
            "win_sft", "reward", "kl", "entropy", "loss", "distinct_2", "length", "ended")
 ROWS = ("base", "sft", "sft_cool", "best_of_n", "dpo", "ppo", "human")
 

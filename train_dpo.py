@@ -93,7 +93,8 @@ def load_data(config: Config, run: common.Run) -> Data:
     tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response or r.chosen]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
-    labeller, sft = Labeller(data.texts_of(train)), checkpoint.load_model(config.init).to(run.device)
+    labeller = Labeller(data.texts_of(train))
+    sft = checkpoint.load_language_model(config.init, config.context).to(run.device)
     sft.requires_grad_(False)
     rng = np.random.default_rng(config.seed)
     train = [train[i] for i in rng.permutation(len(train))[:config.prompts]]
@@ -187,7 +188,7 @@ def evaluate_samples(config: Config, run: common.Run, loaded: Data, model) -> di
     """
     result, decode = {}, loaded.tokenizer.decode
     prompts = [example.source for example in loaded.held_out[:config.eval_size]]
-    for name, temperature in (("eval_gold_greedy", 0.0), ("eval_gold", config.temperature)):
+    for name, temperature in (("eval_gold_greedy", 0.0), ("eval_gold", 1.0)):
         answers = generate_many(run, model, prompts, loaded.tokenizer, config.max_new, temperature,
                                 config.seed)
         golds = [loaded.labeller.gold(decode(prompt), decode(answer))

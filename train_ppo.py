@@ -132,12 +132,13 @@ def load_data(config: Config, run: common.Run) -> Data:
     rng = np.random.default_rng(config.seed)
     sequences = [data.token_rows(run, tokenizer, part, ("prompt",), config.context - config.max_new)
                  for part in (train, held_out)]
-    data.require(sequences, config.batch_size, config,
+    data.require(sequences, config.batch_size // config.samples, config,
                  wanted="prompts (.jsonl with prompt)")
     pairs, held_out_pairs = (data.token_rows(run, tokenizer, [r for r in part if r.response],
                                              ("prompt", "response"), config.context)
                              for part in (train, held_out))
-    sequences[1] = held_out_pairs or sequences[1]
+    room = config.context - config.max_new
+    sequences[1] = [pair for pair in held_out_pairs if len(pair.source) < room] or sequences[1]
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
@@ -165,7 +166,8 @@ class FourModels(torch.nn.Module):
 
     reward: a reward model, or an own function in its place. value_init "reward" starts the value model as a
     copy of it (Stiennon et al. 2020, appendix B.1; Ouyang et al. 2022, appendix C.4), "sft" as one of the
-    policy under a head of zeros, which says 0 before it has learnt (the code of Ziegler et al. 2019).
+    policy under a head of zeros, which says 0 before it has learnt (the code of Ziegler et al. 2019). An own
+    reward has no weights to copy: then it is "sft".
     """
 
     def __init__(self, policy: model_file.LanguageModel, reward: torch.nn.Module, value_init: str = "reward"):

@@ -34,7 +34,7 @@ from errors import UserError                    # noqa: E402
 from flow import Flow, read_record              # noqa: E402
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
-QUALITY = ("gold", "gold_greedy", "win_sft", "about_greedy", "f1_greedy", "kl", "loss", "length")
+QUALITY = ("gold", "gold_greedy", "win_sft", "about", "about_greedy", "f1_greedy", "kl", "loss", "length")
 ACCURACY = ("accuracy", "accuracy_sample_sample", "accuracy_human_sample")
 COLUMNS = {                             # of the tables; of measurements that are not named here: all figures
     "rl_against_sft": QUALITY, "relevance": QUALITY,

@@ -219,6 +219,21 @@ def test_too_few_sentinels_are_refused_at_once(tokenizer):
             data.objective_of(name, tokenizer, context)
 
 
+def test_a_dialogue_is_held_out_as_a_whole(tmp_path):
+    """Its later prompts hold its earlier replies: they have one name, and go to one side."""
+    turns = [{"role": role, "content": f"{role} says {i}"} for i in range(3) for role in ("user", "assistant")]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    records = corpus.load_records(str(tmp_path / "chat.jsonl"), False)
+    assert len(records) == 3 and len({record.name for record in records}) == 1
+
+
+def test_the_last_names_are_held_out_where_the_rule_holds_out_none():
+    """By name, not by record: one name is never on both sides."""
+    free = [name for name in map(str, range(99)) if not corpus.is_held_out(name)][:4]
+    train, held_out = corpus.split([corpus.Record(name, text=name) for name in free for _ in range(5)])
+    assert {r.name for r in train} == set(free[:3]) and [r.name for r in held_out] == 5 * [free[3]]
+
+
 @pytest.mark.parametrize("density, mean_span", [(0.1, 3), (0.5, 3), (0.15, 2), (0.15, 10), (0.5, 10)])
 def test_t5s_other_rates_are_objectives_too(density, mean_span, tokenizer):
     """Raffel et al. 2020, tables 6 and 7: that share of the tokens is noise, in so many spans."""

@@ -23,6 +23,7 @@ import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
+from errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STRUCTURES = ("causal", "prefix", "encdec")
@@ -152,7 +153,9 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
 @pytest.mark.parametrize("flags, fragment", [
     (("--advantage", "guess"), "guess"), (("--advantage", "rloo"), "at least 2"),
     (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
-    (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size")])
+    (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size"),
+    (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
+    (("--temperature", "0"), "temperature"), (("--seed", "-1"), "seed"), (("--row", "0"), "row")])
 @one_structure
 def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
     """Said before anything is written."""
@@ -250,6 +253,75 @@ def test_the_report_covers_all_rows(flow, package):
         assert 0 <= report[row]["gold_low"] <= report[row]["gold"] <= report[row]["gold_high"] <= 1
     assert abs(report["sft"]["kl"]) < 1e-4
     assert {"accuracy", "accuracy_human_sample"} <= set(report["reward_model"])
+
+
+@one_structure
+def test_the_report_needs_no_more_than_sft(flow, package, tmp_path):
+    """Without a reward model there is no reward and no best of n, without a policy no row for it."""
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(flow[0] / stage, tmp_path / stage)
+    report = evaluate.main(evaluate.Config(runs=str(tmp_path), data=str(package), prompts=5, max_new=8,
+                                           device="cpu"))
+    assert {"base", "sft", "sft_cool", "human"} <= set(report) and not {"ppo", "best_of_n"} & set(report)
+    assert "reward" not in report["sft"] and report["sft_cool"]["kl"] > 0 and "kl" not in report["base"]
+
+
+@one_structure
+def test_a_run_stopped_before_its_last_line_writes_it(flow, no_curves, tmp_path):
+    """Its last checkpoint is there, the line of the log is not."""
+    _, stages, last = flow
+    for (main, config), line in zip(stages, last):
+        copy = shutil.copytree(config.out, tmp_path / Path(config.out).name)
+        lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (copy / "metrics.jsonl").write_text("".join(lines[:-1]))
+        again = main(dataclasses.replace(config, out=str(copy)))
+        evaluated = [name for name in line if name in ("loss", "accuracy", "eval_gold", "eval_loss")]
+        assert again["step"] == config.steps and evaluated
+        assert [again[name] for name in evaluated] == pytest.approx([line[name] for name in evaluated])
+
+
+@one_structure
+def test_a_run_does_not_go_on_from_another_start(flow, no_curves, tmp_path):
+    """Reference, samples and comparisons are made anew from --init: it must be the one the run began with."""
+    runs, stages, _ = flow
+    sft = shutil.copytree(runs / "sft", tmp_path / "sft")
+    config = dataclasses.replace(stages[2][1], init=str(sft), out=str(tmp_path / "new"), steps=2)
+    train_rm.main(config)
+    shutil.copy(sft / "checkpoint-0000004.pt", sft / "checkpoint-0000006.pt")
+    with pytest.raises(UserError, match="sft at step 4 -> 6"):
+        train_rm.main(dataclasses.replace(config, steps=4))
+
+
+@one_structure
+def test_a_finished_reward_model_goes_on_unnormalised(flow, no_curves, tmp_path, monkeypatch):
+    """The loss is one of differences: what normalises them afterwards must not shrink them in training."""
+    _, stages, _ = flow
+    main, config = stages[2]
+    copy, seen, step_of = shutil.copytree(config.out, tmp_path / "rm"), [], train_rm.train_step
+    assert checkpoint.load_model(str(copy)).std != 1
+    monkeypatch.setattr(train_rm, "train_step", lambda c, run, loaded, model, *rest: (
+        seen.append(float(common.unwrap(model).std)), step_of(c, run, loaded, model, *rest))[1])
+    main(dataclasses.replace(config, out=str(copy), steps=config.steps + 2))
+    assert seen == [1.0, 1.0] and checkpoint.load_model(str(copy)).std != 1
+
+
+@pytest.mark.parametrize("items, world, size", [(9, 2, 1), (9, 2, 2), (7, 3, 1), (4, 2, 0), (8, 2, 3), (2, 2, 1)])
+def test_micro_batches_are_equally_many_and_never_empty(items, world, size):
+    """Ranks wait for each other after each: one more on one of them would be waited for in vain."""
+    runs = [common.Run(Path("."), torch.device("cpu"), torch.float32, rank, world) for rank in range(world)]
+    ranks = [run.micro_batches(list(range(items)), size) for run in runs]
+    assert len({len(parts) for parts in ranks}) == 1 and all(part for parts in ranks for part in parts)
+    assert sorted(item for parts in ranks for part in parts for item in part) == list(range(items))
+
+
+@one_structure
+@pytest.mark.parametrize("module", [train_pretrain, train_sft, train_rm, train_dpo, train_ppo])
+def test_a_reward_model_is_no_model_to_start_from(flow, module, monkeypatch, capsys, tmp_path, package):
+    flags = ["--data", str(package), "--init", str(flow[0] / "rm"), "--out", str(tmp_path / "out")]
+    flags += ["--batch_size", "4", "--context", "64"] + ["--max_new", "8"] * hasattr(module.Config, "max_new")
+    flags += ["--reward", str(flow[0] / "rm"), "--minibatch_size", "4"] * (module is train_ppo)
+    error = fails(monkeypatch, capsys, module, *flags)
+    assert "is a reward model" in error and not (tmp_path / "out").exists()
 
 
 def test_generate_answers_from_a_run(flow, capsys):
