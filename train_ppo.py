@@ -40,7 +40,7 @@ class Config:
     out: str = "runs/ppo"               # run folder
     no_end: float = 1.0                 # taken off the score of an answer that does not end
     score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
-    beta: float = 0.04                  # price of a nat of KL to the reference, in units of reward
+    beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
     kl_estimator: str = "k1"            # of a token's KL, in the reward: k1, k2, k3
     whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
@@ -59,7 +59,7 @@ class Config:
     minibatch_size: int = 32            # answers in an optimizer step
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
-    steps: int = 40                     # iterations: sample, score, learn
+    steps: int = 48                     # iterations: sample, score, learn
     batch_size: int = 128               # answers an iteration, all ranks together
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 144                      # tokens of a packed row, about: several sequences share one
@@ -68,9 +68,9 @@ class Config:
     weight_decay: float = 0.0           # on matrices only
     adam_eps: float = 1e-8              # of AdamW: added to the root of the second moment
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 20                # steps between evaluations, 0: only at the end
+    eval_every: int = 24                # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 20                # steps between checkpoints, 0: only at the end
+    save_every: int = 24                # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds, from the beginning

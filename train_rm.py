@@ -41,8 +41,8 @@ class Config:
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
     label_noise: float = 0.0            # share of training comparisons in the wrong order; people: 0.13-0.16
-    steps: int = 720                    # optimizer steps
-    batch_size: int = 16                # sequences a step, all ranks together; here prompts with all answers
+    steps: int = 1250                   # optimizer steps
+    batch_size: int = 8                 # sequences a step, all ranks together; here prompts with all answers
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 256                      # tokens of a packed row, about: several sequences share one
     lr: float = 1e-3                    # highest learning rate
