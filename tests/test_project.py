@@ -73,7 +73,8 @@ def test_the_readmes_commands_exist():
 def test_the_readmes_results_are_the_records():
     """The README's table and figures are those of the recorded run."""
     text, report = (ROOT / "README.md").read_text(), json.loads((ROOT / "records" / "report.json").read_text())
-    shown = ("gold", "gold_low", "gold_high", "gold_greedy", "about_greedy", "win_human", "kl", "entropy", "loss", "length")
+    shown = ("gold", "gold_low", "gold_high", "gold_greedy", "about", "about_greedy", "win_human", "kl",
+             "entropy", "loss", "length")
     assert evaluate.as_table(report, shown) in text
     assert f"{report['base']['bits_per_byte']:.3f} bits per byte" in text
     assert f"{report['reward_model']['accuracy']:.1%}".replace("%", " %") in text
