@@ -132,8 +132,9 @@ def open_folder(folder: Path, config) -> dict | None:
     before = dataclasses.asdict(type(config)()) | state["config"]   # what is new in Config had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items()
                if name not in FREE and before[name] != value]
-    if state.get("init_step", init_step(config)) != init_step(config):      # reference and samples are its
-        changed.append(f"{config.init} at step {state['init_step']} -> {init_step(config)}")
+    newest = init_step(config)
+    if state.get("init_step", newest) != newest:                   # reference and samples are its
+        changed.append(f"{config.init} at step {state['init_step']} -> {newest}")
     if changed:
         raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or --overwrite it")

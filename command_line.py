@@ -23,12 +23,12 @@ import hardware
 from common import apply_tiny
 from errors import Fault, UserError
 
+GOES_ON = "the same command, without --overwrite, goes on from the last checkpoint"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
-
-GOES_ON = "the same command, without --overwrite, goes on from the last checkpoint"
 
 
 def parse(config_class, argv: list[str], description: str):

@@ -47,9 +47,8 @@ class Run:
         return torch.autocast(self.device.type, self.dtype) if enabled else contextlib.nullcontext()
 
     def sum(self, value) -> Tensor:
-        """The sum over all ranks, fp64."""
-        place = "cpu" if self.device.type == "mps" else self.device            # mps has no fp64
-        total = torch.as_tensor(value).to(place).to(torch.float64, copy=True)
+        """The sum over all ranks, fp64 where the device has it."""
+        total = torch.as_tensor(value, dtype=hardware.widest(self.device), device=self.device).clone()
         if self.world > 1:
             dist.all_reduce(total)
         return total
@@ -85,16 +84,17 @@ class Run:
                             "raise batch_size or use fewer ranks")
         return parts
 
-    def finished(self, state: dict | None, steps: int) -> bool:
-        """Whether the checkpoint is the run's last, and the log's last line was written after it."""
+    def finished_before(self, state: dict | None, steps: int) -> dict[str, float] | None:
+        """The last line of the log, where nothing is left to do: the checkpoint is the run's last, and that
+        line was written after it.
+        """
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if state and path.exists() else []
-        return bool(lines) and state["step"] >= steps and json.loads(lines[-1])["step"] >= state["step"]
-
-    def finished_before(self) -> dict[str, float]:
-        """Nothing is left to do. Returns the last line of the log."""
+        lines = path.read_text().splitlines() if state and state["step"] >= steps and path.exists() else []
+        last = json.loads(lines[-1]) if lines else None
+        if last is None or last["step"] < state["step"]:
+            return None
         self.print(f"{self.folder} is finished already; --overwrite trains it anew, more --steps go on")
-        return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        return last
 
     def finish(self, following: str, tiny: bool) -> None:
         """The last words of a stage."""

@@ -335,9 +335,11 @@ def split(records: list[Record], kept: set[str] = frozenset()) -> tuple[list[Rec
     """
     held = [record for record in records if record.name in kept or is_held_out(record.name)]
     train = [record for record in records if not (record.name in kept or is_held_out(record.name))]
+    if held and train:
+        return train, held
     names = list(dict.fromkeys(record.name for record in records))
-    if (not held or not train) and len(names) > 1:
-        last = set(names[-max(1, len(names) // 10):])
+    last = set(names[-max(1, len(names) // 10):])
+    if len(names) > 1:
         return [r for r in records if r.name not in last], [r for r in records if r.name in last]
     return train, held
 

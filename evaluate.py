@@ -27,7 +27,7 @@ import masks
 import objectives
 from common import write_atomically
 from errors import UserError
-from generate import generate, never_drawn
+from generate import drawn_from, generate
 from labeller import Labeller
 from tokenizer import Tokenizer
 
@@ -123,8 +123,7 @@ def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = T
     sums, entropies = [], []
     for batch, logits_NV in read(study, model, answers):
         if sampled:
-            logits_NV = logits_NV / temperature
-            logits_NV[:, never_drawn(model, study.tokenizer)] = float("-inf")
+            logits_NV = drawn_from(logits_NV, model, study.tokenizer, temperature)
         logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
         document_N = batch.document[batch.loss_mask]
         zeros = torch.zeros(int(document_N.max()) + 1, device=study.device)
@@ -232,7 +231,7 @@ def last_metrics(folder: Path) -> dict:
 def build_report(config: Config) -> tuple[dict, str]:
     """(report.json's content, the examples as Markdown)."""
     study, models = load_study(config)
-    base, sft, config = models["pretrain"], models["sft"], study.config
+    base, sft = models["pretrain"], models["sft"]
     policies = {name: models[name] for name in ("dpo", "ppo") if name in models}
     written = {"base": first_line(study, answers_of(study, base, 1.0)), "sft": answers_of(study, sft, 1.0),
                "sft_cool": answers_of(study, sft, config.cool), "human": study.human}
@@ -303,7 +302,8 @@ def draw(report: dict, path: Path) -> None:
     left.set_xticklabels([row.replace("_", " ") for row in shown])
     left.legend(fontsize=8, loc="upper left")
     measures = ("kl", "entropy", "loss")
-    for k, name in enumerate([row for row in ("sft", "ppo" if "ppo" in report else "dpo") if row in report]):
+    policies = [row for row in ("ppo", "dpo") if row in report]
+    for k, name in enumerate(["sft", *policies[:1]]):
         right.bar(np.arange(3) + 0.18 * (2 * k - 1), [report[name][m] for m in measures], 0.34, label=name,
                   color=("#66ccee", "#aa3377")[k])
     right.set(xticks=range(3), title="what it costs, in nats")

@@ -42,8 +42,7 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
         logits_BV = logits_BV.masked_fill(dropped_BV, float("-inf"))
     # the inverse of the cumulative distribution: several times faster on a CPU than torch.multinomial
-    wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
-    cumulative_BV = logits_BV.softmax(-1).to(wide).cumsum(-1)
+    cumulative_BV = logits_BV.softmax(-1).to(hardware.widest(logits_BV.device)).cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     drawn_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device, dtype=total_B1.dtype)
     return torch.searchsorted(cumulative_BV, drawn_B1 * total_B1, right=True).squeeze(1)
@@ -135,6 +134,13 @@ def never_drawn(model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
             and token != tokenizer.end]
 
 
+def drawn_from(logits_NV: Tensor, model: LanguageModel, tokenizer: Tokenizer, temperature: float) -> Tensor:
+    """The logits (N, V) of the distribution that generate draws from at that temperature."""
+    logits_NV = logits_NV / temperature
+    logits_NV[:, never_drawn(model, tokenizer)] = float("-inf")
+    return logits_NV
+
+
 @torch.no_grad()
 def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -150,10 +156,10 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     never = never_drawn(model, tokenizer)
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in chosen))
-        place = {prompt: row for row, prompt in enumerate(distinct)}
-        decoding = Decoding(model, distinct, max_new, tokenizer)
-        of_row = torch.tensor([place[tuple(prompts[i])] for i in chosen], device=decoding.tokens.device)
+        wanted = [tuple(prompts[i]) for i in chosen]
+        place = {prompt: row for row, prompt in enumerate(dict.fromkeys(wanted))}
+        decoding = Decoding(model, list(place), max_new, tokenizer)
+        of_row = torch.tensor([place[prompt] for prompt in wanted], device=decoding.tokens.device)
         logits_BV = decoding.read_prompt()[of_row]
         decoding.keep(of_row)
         drawn = torch.full((len(chosen), max_new), tokenizer.end, device=logits_BV.device)

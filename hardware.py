@@ -59,6 +59,11 @@ def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
     return min(seconds)
 
 
+def widest(device) -> torch.dtype:
+    """fp64; on mps, which has none, fp32."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -252,8 +252,8 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if run.finished(state, config.steps):
-        return run.finished_before()
+    if last := run.finished_before(state, config.steps):
+        return last
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
     optimizer = build_optimizer(config, model)

@@ -20,12 +20,13 @@ import command_line
 import common
 import corpus
 import data
+import hardware
 import masks
 import model as model_file
 import objectives
 import own_reward
 from errors import Fault, UserError
-from generate import generate, generate_many, never_drawn
+from generate import drawn_from, generate, generate_many
 from labeller import Labeller
 from tokenizer import Tokenizer
 
@@ -294,9 +295,8 @@ def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: 
 def answer_logits(config: Config, loaded: Data, network, batch: data.Batch, batch_masks: masks.Masks,
                   actions_BT: torch.Tensor) -> torch.Tensor:
     """Logits (N, V) of the distribution that sample() draws from: at its temperature, over its tokens."""
-    logits_NV = network(batch, batch_masks, actions_BT) / config.temperature
-    logits_NV[:, never_drawn(common.unwrap(network), loaded.tokenizer)] = float("-inf")
-    return logits_NV
+    logits_NV = network(batch, batch_masks, actions_BT)
+    return drawn_from(logits_NV, common.unwrap(network), loaded.tokenizer, config.temperature)
 
 
 @torch.no_grad()
@@ -348,8 +348,7 @@ def estimate_advantages(config: Config, run: common.Run, rollouts: list[Rollout]
 
 def whiten_together(run: common.Run, rollouts: list[Rollout], name: str, shift_mean: bool = True) -> None:
     """Whiten over all tokens of the iteration, those of the other ranks too."""
-    x_N = torch.cat([getattr(r, name)[r.actions] for r in rollouts])
-    x_N = x_N if x_N.device.type == "mps" else x_N.double()
+    x_N = torch.cat([getattr(r, name)[r.actions] for r in rollouts]).to(hardware.widest(run.device))
     n, total, squares = run.sum(torch.stack([torch.ones_like(x_N).sum(), x_N.sum(), (x_N ** 2).sum()]))
     mean, var = (total / n).float(), (squares / n - (total / n) ** 2).float()
     for r in rollouts:
@@ -503,8 +502,8 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if run.finished(state, config.steps):
-        return run.finished_before()
+    if last := run.finished_before(state, config.steps):
+        return last
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
     policy, value = model.policy, model.value

@@ -220,14 +220,15 @@ def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
     state = checkpoint.open_folder(run.folder, config)
-    if run.finished(state, config.steps):
-        return run.finished_before()
+    if last := run.finished_before(state, config.steps):
+        return last
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
     optimizer = build_optimizer(config, model)
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
     if start < config.steps:                           # a finished run that goes on is normalised anew
-        model.mean.zero_(), model.std.fill_(1.0)
+        model.mean.zero_()
+        model.std.fill_(1.0)
     first = examples_of_step(config, loaded, start)[0]
     run.print_example(data.show(first, model.config.structure, loaded.tokenizer))
     common.open_run(run, config, loaded.tokenizer, loaded.names)

@@ -1,5 +1,6 @@
 """The measurements of claims.py about rewards and reinforcement learning."""
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
@@ -184,20 +185,13 @@ def draw_over_optimisation(rows: list[dict], path: Path) -> None:
 # ---- the reward model --------------------------------------------------------------------------------------
 
 def reward_model_accuracy(flow: Flow) -> list[dict]:
-    """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score.
-
-    Fewer prompts are read as often as all are (at least a sixth of the steps).
-    """
+    """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score."""
     study, rows = flow.study(), []
     rivals = rivals_of(study)
-    everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
-    variants = {"all": (1, {}), "1/4": (1 / 4, dict(prompts=everything // 4)),
-                "1/16": (1 / 16, dict(prompts=max(16, everything // 16))),
-                "25 % noise": (1, dict(label_noise=0.25))}
-    for name, (share, settings) in variants.items():
+    variants = {"all": (1, 0.0), "1/4": (4, 0.0), "1/16": (16, 0.0), "25 % noise": (1, 0.25)}
+    for name, variant in variants.items():
+        rm = rm_of(flow, *variant)
         key = name.replace("/", "_of_").replace(" % ", "_")
-        shorter = flow.steps(train_rm, max(share, 1 / 6)) if share < 1 else {}
-        rm = flow.rm(f"rm_{key}", **settings, **shorter) if name != "all" else flow.rm()
         ppo = flow.ppo(f"ppo_{key}", reward=rm) if name != "all" else flow.ppo()
         row = rows_of(study, rivals, {"ppo": checkpoint.load_model(ppo)})["ppo"]
         rows.append({"row": name, **accuracies_of(rm),
@@ -205,22 +199,26 @@ def reward_model_accuracy(flow: Flow) -> list[dict]:
     return rows
 
 
-def reward_model_data(flow: Flow) -> list[dict]:
-    """A reward model needs many comparisons, and agrees only as far as its labellers do.
-
-    Fewer prompts are read as often as all are (at least a sixth of the steps).
-    """
+def rm_of(flow: Flow, part: int, label_noise: float) -> str:
+    """A reward model of 1/part of the prompts, read as often as all are (at least a sixth of the steps)."""
+    if part == 1 and not label_noise:
+        return flow.rm()
     everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
+    shorter = flow.steps(train_rm, max(1 / part, 1 / 6)) if part > 1 else {}
+    return flow.rm(f"rm_1_of_{part}_noise_{label_noise:g}", prompts=max(16, everything // part),
+                   label_noise=label_noise, **shorter)
+
+
+def reward_model_data(flow: Flow) -> list[dict]:
+    """A reward model needs many comparisons, and agrees only as far as its labellers do."""
     variants = {f"1/{part} of the prompts": (part, 0.0) for part in (64, 16, 4, 1)}
     variants |= {f"1/4 of the prompts, {noise:.1%} wrong": (4, noise) for noise in (0.125, 0.25, 0.375)}
     rows = []
     for name, (part, noise) in variants.items():
-        settings = dict(prompts=max(16, everything // part), label_noise=noise,
-                        **flow.steps(train_rm, max(1 / part, 1 / 6)))
-        folder = f"rm_1_of_{part}" + f"_noise_{noise}" * bool(noise)
-        rm = flow.rm(folder, **settings) if part > 1 else flow.rm()
-        rows.append({"row": name, "prompts": settings["prompts"], "label_noise": noise,
-                     "steps": metrics_of(rm)[-1]["step"], **accuracies_of(rm)})
+        rm = rm_of(flow, part, noise)
+        config = json.loads((Path(rm) / "config.json").read_text())
+        rows.append({"row": name, **{key: config[key] for key in ("prompts", "label_noise", "steps")},
+                     **accuracies_of(rm)})
     return rows
 
 
