@@ -109,7 +109,7 @@ def over_optimisation(flow: Flow) -> list[dict]:
     study = flow.study()
     study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
     steps = flow.steps(train_ppo, 2.5)["steps"]
-    folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, lr=1e-3, steps=steps, save_every=max(1, steps // 12),
+    folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, lr=1e-3, steps=steps, save_every=max(1, steps // 10),
                       keep=99)
     rows = [{"row": "PPO, iteration 0", "kind": "ppo", **judged(study, study.reference)}]
     for step in checkpoint.steps_of(folder):
@@ -188,11 +188,10 @@ def reward_model_accuracy(flow: Flow) -> list[dict]:
     """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score."""
     study, rows = flow.study(), []
     rivals = rivals_of(study)
-    variants = {"all": (1, 0.0), "1/4": (4, 0.0), "1/16": (16, 0.0), "25 % noise": (1, 0.25)}
-    for name, variant in variants.items():
-        rm = rm_of(flow, *variant)
-        key = name.replace("/", "_of_").replace(" % ", "_")
-        ppo = flow.ppo(f"ppo_{key}", reward=rm) if name != "all" else flow.ppo()
+    variants = {"all": (1, 0.0), "1/4": (4, 0.0), "1/16": (16, 0.0), "1/4, 25 % of them wrong": (4, 0.25)}
+    for name, (part, noise) in variants.items():
+        rm = rm_of(flow, part, noise)
+        ppo = flow.ppo(f"ppo_of_{Path(rm).name}", reward=rm) if name != "all" else flow.ppo()
         row = rows_of(study, rivals, {"ppo": checkpoint.load_model(ppo)})["ppo"]
         rows.append({"row": name, **accuracies_of(rm),
                      **{k: row[k] for k in ("gold", "gold_greedy", "about_greedy", "kl")}})
@@ -238,20 +237,19 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
     middle = np.median([len(r.response) for r in pairs])
     of_length = {"short human lines": [r for r in pairs if len(r.response) < middle],
                  "long human lines": [r for r in pairs if len(r.response) >= middle]}
-    half = dict(prompts=3000, **flow.steps(train_rm, 0.5))
+    quarter = dict(prompts=train_rm.Config.prompts // 4, **flow.steps(train_rm, 0.25))
     rows = []
     for parts in (of_package, of_length):
         texts = {place: write_pairs(flow.folder / f"{place.replace(' ', '_')}.jsonl",
                                     [(r.prompt, r.response) for r in records])
                  for place, records in parts.items()}
         first = next(iter(texts))
-        rm = flow.rm("rm_" + first.replace(" ", "_"), **half, data=texts[first])
+        rm = flow.rm("rm_" + first.replace(" ", "_"), **quarter, data=texts[first])
         rows += [{"row": f"{first}, tested on {place}", **accuracy(rm, data=text)}
                  for place, text in texts.items()]
-    for name, kinds in (("all kinds of pairs, half the budget", {}),
-                        ("human against sample alone", dict(answers=2, mismatched=0))):
-        rm = flow.rm("rm_" + name.split()[0], **half, **kinds)
-        rows.append({"row": f"{name}, tested on all kinds", **accuracy(rm, answers=5)})
+    rms = {"all kinds of pairs": rm_of(flow, 4, 0.0),
+           "human against sample alone": flow.rm("rm_human_sample", **quarter, answers=2, mismatched=0)}
+    rows += [{"row": f"{name}, tested on all kinds", **accuracy(rm, answers=5)} for name, rm in rms.items()]
     rows.append({"row": "all, tested on SFT's samples", **accuracy(flow.rm())})
     rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), init=flow.ppo())})
     return rows

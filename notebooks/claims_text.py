@@ -146,6 +146,17 @@ def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init
     return {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
 
 
+def losses_under_base(flow: Flow, pairs: list[corpus.Record]) -> np.ndarray:
+    """Nats per token of each answer after its prompt, by the base model."""
+    base, tokenizer = checkpoint.load_model(flow.pretrain()), checkpoint.load_tokenizer(flow.pretrain(), "")
+    prompts, answers = (tokenizer.encode_all([getattr(record, name) for record in pairs])
+                        for name in ("prompt", "response"))
+    study = evaluate.Study(tokenizer, prompts, answers, texts=[], labeller=judge_of(flow), reference=base,
+                           reward=None, device=torch.device("cpu"), config=None)
+    logprobs, _ = evaluate.logprobs_of(study, base, answers, sampled=False)
+    return -logprobs / np.array([len(answer) for answer in answers])
+
+
 def random_base(flow: Flow) -> str:
     """A base model that has seen one step of text at a learning rate of nothing."""
     return flow.train(train_pretrain, "pretrain_none", steps=1, warmup=0, lr=0.0, eval_every=0)
@@ -165,14 +176,19 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
 
 
 def sft_selection(flow: Flow) -> list[dict]:
-    """SFT data must be chosen: subsets of equal size, random, longest, scored, noisy."""
+    """SFT data must be chosen: subsets of equal size, random, longest, scored, likely, repeated, noisy. (The
+    corpus holds no answer twice; the repeated ones show what duplicates would cost.)
+    """
     train, held_out = shuffled_pairs(flow)
     n = max(8, len(train) // 8)
     judge, rng = judge_of(flow), np.random.default_rng(flow.seed)
     gold = {id(r): judge.gold(r.prompt, r.response) for r in train}
     shuffled = [train[i].response for i in rng.permutation(n // 2)]
     half = [(r.prompt, response) for r, response in zip(train[:n // 2], shuffled)]
-    subsets = {"random": train[:n],
+    twice = train[:2 * n]
+    likely = [twice[i] for i in np.argsort(losses_under_base(flow, twice))]
+    subsets = {"random": train[:n], "a quarter of these, four times each": 4 * train[:n // 4],
+               "the likelier half of twice as many, by the base model": likely[:n],
                "the longest answers": sorted(train, key=lambda r: -len(r.response))[:n],
                "the best by the guideline": sorted(train, key=lambda r: -gold[id(r)])[:n],
                "the worst by the guideline": sorted(train, key=lambda r: gold[id(r)])[:n]}
