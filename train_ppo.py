@@ -60,7 +60,7 @@ class Config:
     minibatch_size: int = 32            # answers in an optimizer step
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
-    steps: int = 48                     # iterations: sample, score, learn
+    steps: int = 32                     # iterations: sample, score, learn
     batch_size: int = 128               # answers an iteration, all ranks together
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 144                      # tokens of a packed row, about: several sequences share one
@@ -69,9 +69,9 @@ class Config:
     weight_decay: float = 0.0           # on matrices only
     adam_eps: float = 1e-8              # of AdamW: added to the root of the second moment
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 24                # steps between evaluations, 0: only at the end
+    eval_every: int = 16                # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 24                # steps between checkpoints, 0: only at the end
+    save_every: int = 16                # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds, from the beginning

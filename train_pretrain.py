@@ -41,7 +41,7 @@ class Config:
     heads: int = 4                      # attention heads
     kv_heads: int = 2                   # key/value heads that they share; with a preset: its proportion
     width: int = 128                    # width of the residual stream
-    steps: int = 2200                   # optimizer steps
+    steps: int = 2000                   # optimizer steps
     batch_size: int = 4                 # sequences a step, all ranks together; here rows of `context` tokens
     context: int = 256                  # tokens of a sequence at most; longer texts are cut
     row: int = 256                      # tokens of a packed row, about: several sequences share one

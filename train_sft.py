@@ -33,11 +33,11 @@ class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
-    steps: int = 2400                   # optimizer steps
+    steps: int = 2000                   # optimizer steps
     batch_size: int = 32                # sequences a step, all ranks together; here pairs
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 144                      # tokens of a packed row, about: several sequences share one
-    lr: float = 3e-3                    # highest learning rate
+    lr: float = 5e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     source_weight: float = 1.0          # loss on source tokens: 0 targets alone, 1 all tokens (causal only)
     weight_decay: float = 0.1           # on matrices only

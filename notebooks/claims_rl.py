@@ -26,8 +26,8 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     study = flow.study()
     best = flow.sft("sft_on_best", init=flow.sft(), data=best_answers(flow, study),
                     **flow.steps(train_sft, 0.25), lr=1e-3)
-    folders = {"sft_on_best": best, "dpo": flow.train(train_dpo, "dpo", init=flow.sft()), "ppo": flow.ppo(),
-               "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
+    dpo = flow.train(train_dpo, "dpo", init=flow.sft(), **flow.part(train_dpo, 0.5))
+    folders = {"sft_on_best": best, "dpo": dpo, "ppo": flow.ppo(), "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rivals = rivals_of(study)
     rows = rows_of(study, rivals, {"sft": study.reference} | models)
@@ -202,10 +202,8 @@ def rm_of(flow: Flow, part: int, label_noise: float) -> str:
     """A reward model of 1/part of the prompts, read as often as all are (at least a sixth of the steps)."""
     if part == 1 and not label_noise:
         return flow.rm()
-    everything = train_rm.Config.TINY["prompts"] if flow.config.tiny else train_rm.Config.prompts
-    shorter = flow.steps(train_rm, max(1 / part, 1 / 6)) if part > 1 else {}
-    return flow.rm(f"rm_1_of_{part}_noise_{label_noise:g}", prompts=max(16, everything // part),
-                   label_noise=label_noise, **shorter)
+    settings = flow.part(train_rm, 1 / part) | flow.steps(train_rm, max(1 / part, 1 / 6)) if part > 1 else {}
+    return flow.rm(f"rm_1_of_{part}_noise_{label_noise:g}", label_noise=label_noise, **settings)
 
 
 def reward_model_data(flow: Flow) -> list[dict]:
@@ -237,7 +235,7 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
     middle = np.median([len(r.response) for r in pairs])
     of_length = {"short human lines": [r for r in pairs if len(r.response) < middle],
                  "long human lines": [r for r in pairs if len(r.response) >= middle]}
-    quarter = dict(prompts=train_rm.Config.prompts // 4, **flow.steps(train_rm, 0.25))
+    quarter = flow.part(train_rm, 1 / 4)
     rows = []
     for parts in (of_package, of_length):
         texts = {place: write_pairs(flow.folder / f"{place.replace(' ', '_')}.jsonl",

@@ -60,6 +60,11 @@ class Flow:
         steps = stage.Config.TINY["steps"] if self.config.tiny else stage.Config.steps
         return dict(steps=max(2, round(share * steps)), warmup=max(1, round(share * steps / 6)))
 
+    def part(self, stage, share: float) -> dict[str, int]:
+        """This share of the stage's prompts, and of its steps: each prompt is read as often as ever."""
+        prompts = stage.Config.TINY["prompts"] if self.config.tiny else stage.Config.prompts
+        return dict(prompts=max(16, round(share * prompts)), **self.steps(stage, share))
+
     def study(self) -> evaluate.Study:
         """Held-out prompts, the human answers, the labeller, SFT as reference, the reward model."""
         self.ppo()
