@@ -95,7 +95,8 @@ class Data:
 def load_data(config: Config, run: common.Run) -> Data:
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.text or r.response]
     if config.init:
-        tokenizer = checkpoint.load_tokenizer(config.init, "python train_pretrain.py")
+        needed = "python train_pretrain.py" + " --tiny" * config.tiny
+        tokenizer = checkpoint.load_tokenizer(config.init, needed)
         train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     else:
         train, held_out = corpus.split(records)

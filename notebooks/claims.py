@@ -31,7 +31,7 @@ import common                                   # noqa: E402
 import corpus                                   # noqa: E402
 import hardware                                 # noqa: E402
 from errors import UserError                    # noqa: E402
-from flow import Flow, read_record              # noqa: E402
+from flow import WORKERS, Flow, read_record     # noqa: E402
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
 QUALITY = ("gold", "gold_greedy", "win_sft", "about", "about_greedy", "f1_greedy", "kl", "loss", "length")
@@ -113,7 +113,7 @@ def main(config: Config) -> list[dict]:
     corpus.load_records(config.data, config.tiny)       # scanned once, and not by every worker at once
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(hardware.cores(), context) as pool:
+    with ProcessPoolExecutor(WORKERS, context) as pool:
         jobs = [pool.submit(measured, config, name, seed) for name in wanted for seed in seeds]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
             records += job.result()

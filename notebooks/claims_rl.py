@@ -27,7 +27,8 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     best = flow.sft("sft_on_best", init=flow.sft(), data=best_answers(flow, study),
                     **flow.steps(train_sft, 0.25), lr=1e-3)
     dpo = flow.train(train_dpo, "dpo", init=flow.sft(), **flow.part(train_dpo, 0.5))
-    folders = {"sft_on_best": best, "dpo": dpo, "ppo": flow.ppo(), "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
+    folders = {"sft_on_best": best, "dpo": dpo, "ppo": flow.ppo(),
+               "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rivals = rivals_of(study)
     rows = rows_of(study, rivals, {"sft": study.reference} | models)

@@ -1,6 +1,5 @@
 """What the measurements of claims.py share: the runs of one seed, trained once; figures of their answers."""
 import contextlib
-import fcntl
 import json
 import sys
 from dataclasses import dataclass
@@ -14,10 +13,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common                                   # noqa: E402  (the line above makes these importable)
 import evaluate                                 # noqa: E402
+import hardware                                 # noqa: E402
 import train_pretrain                           # noqa: E402
 import train_ppo                                # noqa: E402
 import train_rm                                 # noqa: E402
 import train_sft                                # noqa: E402
+
+try:
+    from fcntl import LOCK_EX, flock
+except ImportError:                             # Windows has none: there one worker does everything
+    flock, LOCK_EX = (lambda file, operation: None), None
+
+WORKERS = 1 if LOCK_EX is None else hardware.cores()
 
 
 @dataclass
@@ -37,7 +44,7 @@ class Flow:
         shared = dict(data=self.config.data, seed=self.seed, tiny=self.config.tiny, dtype="fp32",
                       device="cpu", out=str(out))
         with open(self.folder / f"{name}.txt", "a") as file, contextlib.redirect_stdout(file):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            flock(file, LOCK_EX)
             stage.main(stage.Config(**shared | settings))
         return str(out)
 
