@@ -98,7 +98,7 @@ def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 add(child, child.name, f"def {owner}{child.name}({argument_names(child.args)}):")
                 visit(child, owner)
-            else:
+            elif isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):   # an expression has none
                 visit(child, owner)
 
     def add(node, name: str, signature: str):

@@ -41,10 +41,6 @@ class Renumbered:
     def encode_ordinary(self, text: str) -> list[int]:
         return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
 
-    def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        return [[self.ids[rank] for rank in row] for row in rows]
-
     def decode(self, tokens: list[int]) -> str:
         return spelt(tokens, self.names, lambda run: self.encoding.decode([self.ranks[i] for i in run]))
 
@@ -63,9 +59,6 @@ class Pieces:
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        return [row.ids for row in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
         return spelt(tokens, self.names, lambda run: self.tokenizer.decode(run, skip_special_tokens=False))

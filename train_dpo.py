@@ -37,13 +37,13 @@ class Config:
     init: str = "runs/sft"              # run folder to start from
     out: str = "runs/dpo"               # run folder
     beta: float = 0.1                   # price of a nat of log-ratio to the reference, in units of reward
-    prompts: int = 10000                # prompts whose answers are ranked
+    prompts: int = 8000                 # prompts whose answers are ranked
     answers: int = 5                    # answers to each, the human one among them: the paper's K
     mismatched: int = 1                 # human answers to other prompts, ranked among them in training
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
     label_noise: float = 0.0            # share of training comparisons in the wrong order; people: 0.13-0.16
-    steps: int = 620                    # optimizer steps
+    steps: int = 500                    # optimizer steps
     batch_size: int = 16                # sequences a step, all ranks together; here prompts with all answers
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 256                      # tokens of a packed row, about: several sequences share one
@@ -51,9 +51,9 @@ class Config:
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 300               # steps between evaluations, 0: only at the end
+    eval_every: int = 400               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 300               # steps between checkpoints, 0: only at the end
+    save_every: int = 400               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds, from the beginning

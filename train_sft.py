@@ -42,9 +42,9 @@ class Config:
     source_weight: float = 1.0          # loss on source tokens: 0 targets alone, 1 all tokens (causal only)
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
-    eval_every: int = 300               # steps between evaluations, 0: only at the end
+    eval_every: int = 400               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
-    save_every: int = 300               # steps between checkpoints, 0: only at the end
+    save_every: int = 400               # steps between checkpoints, 0: only at the end
     keep: int = 2                       # checkpoints kept
     resume: str = "auto"                # go on from the run folder's checkpoint: auto, must, never
     overwrite: bool = False             # replace the run that the folder holds, from the beginning

@@ -15,9 +15,11 @@ import checkpoint
 import command_line
 import common
 import compare
+import data
 import evaluate
 import generate
 import hardware
+import labeller
 import train_dpo
 import train_ppo
 import train_pretrain
@@ -211,12 +213,13 @@ def test_label_noise_is_in_the_training_comparisons_alone(flow, monkeypatch, cap
     config, run = stages[2][1], common.Run(tmp_path, torch.device("cpu"), torch.float32)
     given = [{"prompt": f"Is it {i}?", "chosen": "Yes.", "rejected": "No, it is not."} for i in range(60)]
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-    for path, pairs_each in ((config.data, 6), (str(tmp_path / "given.jsonl"), 1)):
+    for path in (config.data, str(tmp_path / "given.jsonl")):
         clean, noisy = (train_rm.load_data(train_rm.Config(**{**vars(config), "data": path, "prompts": 40,
                                                               "label_noise": share}), run) for share in (0.0, 0.4))
         assert clean.held_out == noisy.held_out and not any(example.mistakes for example in clean.train)
         assert [example._replace(mistakes=()) for example in noisy.train] == clean.train
-        assert 0.2 < sum(len(example.mistakes) for example in noisy.train) / (pairs_each * len(noisy.train)) < 0.6
+        pairs = int(data.preferences(clean.train, labeller.TIE).sum())
+        assert 0.2 < sum(len(example.mistakes) for example in noisy.train) / pairs < 0.6
     for share in ("-0.1", "0.6", "nan"):
         assert "label_noise" in fails(monkeypatch, capsys, train_rm, "--label_noise", share, "--data", config.data,
                                       "--init", config.init, "--out", str(tmp_path / "out"), "--dtype", "fp32")
