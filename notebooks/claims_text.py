@@ -123,7 +123,7 @@ def width_transfer(flow: Flow) -> list[dict]:
     for width in (64, 128, 256):
         for lr in (1e-3, 3e-3, 1e-2):
             folder = flow.train(train_pretrain, f"pretrain_width{width}_lr{lr:g}", width=width, lr=lr,
-                                eval_every=0, **flow.steps(train_pretrain, 0.08))
+                                eval_every=0, **flow.steps(train_pretrain, 0.06))
             rows.append({"row": f"width {width}, lr {lr:g}", "width": width, "lr": lr,
                          "bits_per_byte": metrics_of(folder)[-1]["bits_per_byte"]})
     return rows
@@ -167,7 +167,7 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
     train, held_out = shuffled_pairs(flow)
     rows = []
     for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
-        for part in (64, 16, 4, 1):
+        for part in (64, 8, 1):
             n = max(train_sft.Config.batch_size, len(train) // part)
             pairs = [(r.prompt, r.response) for r in train[:n]]
             figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init, 0.15)
