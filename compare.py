@@ -47,6 +47,7 @@ class Config:
     seeds: int = 3                      # runs of every row
     steps: int = 400                    # of pretraining
     sft_steps: int = 400                # of fine-tuning
+    sft_lr: float = 3e-3                # its highest learning rate
     prompts: int = 200                  # held-out functions on which the answers are scored
     layers: int = 3                     # layers (encdec: of each stack)
     width: int = 128                    # width of the residual stream
@@ -67,7 +68,7 @@ def measure(config: Config, structure: str, objective: str, seed: int) -> dict:
                                      objective=objective, steps=config.steps, layers=config.layers,
                                      width=config.width)
     sft = train_sft.Config(**shared, init=pretrain.out, out=str(folder / "sft"), steps=config.sft_steps,
-                           source_weight=0.0)
+                           lr=config.sft_lr, source_weight=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as file, contextlib.redirect_stdout(file):
         first, second = train_pretrain.main(pretrain), train_sft.main(sft)
