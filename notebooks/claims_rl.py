@@ -209,7 +209,7 @@ def rm_of(flow: Flow, part: int, label_noise: float) -> str:
 
 def reward_model_data(flow: Flow) -> list[dict]:
     """A reward model needs many comparisons, and agrees only as far as its labellers do."""
-    variants = {f"1/{part} of the prompts": (part, 0.0) for part in (64, 16, 4, 1)}
+    variants = {f"1/{part} of the prompts": (part, 0.0) for part in (64, 16, 4)} | {"all prompts": (1, 0.0)}
     variants |= {f"1/4 of the prompts, {noise:.1%} wrong": (4, noise) for noise in (0.125, 0.25, 0.375)}
     rows = []
     for name, (part, noise) in variants.items():
