@@ -81,7 +81,7 @@ def choose_ranks(config) -> int:
     """How many processes a run on a CPU is shared between.
 
     Threads wait for each other after every product, ranks once a step. So ranks, one thread each, are taken
-    where n threads are measured to be less than 3/4 n times as fast as one, and where answers are sampled:
+    where n threads are measured to be less than 2/3 n times as fast as one, and where answers are sampled:
     the products of a decoding step are too small to be shared. A run that goes on keeps its own.
     """
     if choose_device(config.device).type != "cpu":
@@ -96,7 +96,7 @@ def choose_ranks(config) -> int:
     if hasattr(config, "max_new"):
         return n
     one, many = (seconds_of_a_layer(torch.float32, "cpu", threads) for threads in (1, n))
-    return n if one / many < 0.75 * n else 1
+    return n if one / many < n * 2 / 3 else 1
 
 
 def choose_threads(device, world: int) -> int:
