@@ -77,7 +77,9 @@ class Decoding:
             raise UserError(f"the model has {model.config.max_positions} positions; a prompt of {P} tokens "
                             f"and an answer of {max_new} need {P + max_new - 1}")
         self.slots = torch.arange(P + max_new, device=device)
-        self.cache = KVCache(model.config, B, P + max_new, device)
+        lower = torch.is_autocast_enabled(device.type)                   # the cache holds what attention reads
+        dtype = torch.get_autocast_dtype(device.type) if lower else torch.float32
+        self.cache = KVCache(model.config, B, P + max_new, device, dtype)
 
     def documents(self) -> tuple[Tensor, Tensor]:
         """(document, positions) of left-padded rows: -1 and 0 in the padding."""
@@ -153,7 +155,7 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    never = never_drawn(model, tokenizer)
+    never = torch.tensor(never_drawn(model, tokenizer), device=model.embedding.weight.device)
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         wanted = [tuple(prompts[i]) for i in chosen]

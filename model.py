@@ -69,22 +69,28 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float
 
 def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | None = None) -> Tensor:
     """FlexAttention: a fused kernel generated for the predicate and the bias; uncompiled on a CPU, where it
-    serves the tests.
+    serves the tests. It takes no heads narrower than 16: zeros fill them up, and add nothing to a score.
     """
     from torch.nn.attention.flex_attention import flex_attention
     kernel = _compiled_flex() if q_BHTK.is_cuda else flex_attention
     block_mask, bias = mask if isinstance(mask, Biased) else (mask, None)
     add_bias = bias and (lambda score, b, h, q, k: score + bias(b, h, q, k))
-    grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    return kernel(q_BHTK, k_BGSK, v_BGSK, add_bias, block_mask, scale, enable_gqa=grouped)
+    K, grouped = q_BHTK.shape[-1], q_BHTK.shape[1] != k_BGSK.shape[1]
+    qkv, scale = (q_BHTK, k_BGSK, v_BGSK), K ** -0.5 if scale is None else scale
+    q, k, v = (F.pad(x, (0, 16 - K)) for x in qkv) if K < 16 else qkv
+    ordinary = {"BACKEND": "TRITON"}     # the kernel for few queries cannot be compiled for any sizes (torch 2.11)
+    return kernel(q, k, v, add_bias, block_mask, scale, grouped, kernel_options=ordinary)[..., :K]
 
 
-def _compiled_flex(compiled: list = []):
-    """torch.compile(flex_attention), once per process."""
-    if not compiled:
-        from torch.nn.attention.flex_attention import flex_attention
-        compiled.append(torch.compile(flex_attention, dynamic=True))
-    return compiled[0]
+@functools.cache
+def _compiled_flex() -> Callable:
+    """torch.compile(flex_attention), once per process: for any sizes, and one kernel for each kind of mask, of
+    which an encoder-decoder's training and evaluation have a dozen (torch's default is to give up after 8).
+    """
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True)
 
 
 # ---- the parts: norms --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import masks
@@ -84,11 +85,16 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.weight, self.bidirectional = nn.Parameter(torch.zeros(BUCKETS, config.heads)), bidirectional
 
-    def forward(self, query_BT: Tensor, key_BS: Tensor) -> Callable:
-        """bias(b, h, q, k) for tokens at these positions."""
+    def forward(self, query_BT: Tensor, key_BS: Tensor) -> Tensor:
+        """The biases (B, H, T, S) of queries and keys at these positions.
+
+        A tensor, and no part of a fused kernel: in its backward pass every score would add to one of the same
+        few numbers, one after another.
+        """
         distance = torch.arange(-FARTHEST, FARTHEST + 1, device=query_BT.device)
         table = self.weight[relative_bucket(distance, self.bidirectional)]
-        return lambda b, h, q, k: table[(key_BS[b, k] - query_BT[b, q] + FARTHEST).clamp(0, 2 * FARTHEST), h]
+        distance_BTS = (key_BS[:, None, :] - query_BT[:, :, None]).clamp(-FARTHEST, FARTHEST)
+        return F.embedding(distance_BTS + FARTHEST, table).permute(0, 3, 1, 2).contiguous()
 
 
 class Alibi(nn.Module):
@@ -107,6 +113,7 @@ class Alibi(nn.Module):
         return 2.0 ** -torch.where(h <= power, 8 * h / power, 4 * (2 * (h - power) - 1) / power)
 
     def forward(self, query_BT: Tensor, key_BS: Tensor) -> Callable:
+        """bias(b, h, q, k) for tokens at these positions."""
         slopes = self.slopes(query_BT.device)
         return lambda b, h, q, k: -slopes[h] * (key_BS[b, k] - query_BT[b, q]).abs()
 
@@ -119,16 +126,19 @@ class Biased(NamedTuple):
     bias: Callable
 
 
-def with_bias(mask, bias: Callable, B: int, H: int, T: int, S: int, device) -> Tensor | Biased:
+def with_bias(mask, bias: Tensor | Callable, B: int, H: int, T: int, S: int, device) -> Tensor | Biased:
     """Mask and bias in one, as `attention` takes them, made once for all layers of a stack.
 
     bias(b, h, q, k) is what head h adds to the score of query q and key k: like a predicate, it becomes a
-    tensor or part of a fused kernel.
+    tensor or part of a fused kernel. One that is trained is a tensor already.
     """
     if mask is masks.causal:
         mask = masks.realise(mask, 1, T, S, device)
     if not isinstance(mask, Tensor):
-        return Biased(mask, bias)
-    b, h, q, k = (torch.arange(n, device=device).view([-1 if i == j else 1 for j in range(4)])
-                  for i, n in enumerate((B, H, T, S)))
-    return bias(b, h, q, k).masked_fill(~mask, float("-inf"))
+        if not isinstance(bias, Tensor):
+            return Biased(mask, bias)
+        mask = masks.dense(masks.Predicate(mask.mask_mod), B, T, S, device)
+    if not isinstance(bias, Tensor):
+        bias = bias(*(torch.arange(n, device=device).view([-1 if i == j else 1 for j in range(4)])
+                      for i, n in enumerate((B, H, T, S))))
+    return bias.masked_fill(~mask, float("-inf"))

@@ -532,14 +532,14 @@ def test_relative_bias_beyond_the_farthest_distance():
     of = bias(query, key)
     for q, k, h in torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(4)).tolist():
         bucket = t5_bucket(int(key[0, k] - query[0, q]), True)
-        assert of(*map(torch.tensor, (0, h, q, k))) == bias.weight[bucket, h]
+        assert of[0, h, q, k] == bias.weight[bucket, h]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("name, bidirectional", [("t5-small", True), ("t5-small", False), ("baichuan-13b", False)])
 def test_fused_routes_add_the_bias_of_every_distance(name, bidirectional):
-    """FlexAttention, with block mask and bias, and SDPA, with both in one tensor, against written-out attention:
-    packed rows of several blocks, whose positions begin anew with every document.
+    """SDPA, with mask and bias in one tensor, and FlexAttention, with a BlockMask and a bias that is not trained,
+    against written-out attention: packed rows of several blocks, whose positions begin anew with every document.
     """
     config, (B, T) = small(name), (2, 150)
     H, K = config.heads, config.head_width

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 import masks
 import model as networks
@@ -109,6 +110,26 @@ def test_flex_attention_equals_written_out(T, S):
                                                  masks.dense(predicate, 2, T, S))
         fused = networks.flex(q, k, v, masks.block_mask(predicate, 2, T, S))
         torch.testing.assert_close(fused, by_hand, atol=2e-6, rtol=0)
+
+
+def test_one_fused_kernel_serves_batches_of_all_sizes(tokenizer, monkeypatch):
+    """Sizes, documents and prefixes are arguments of the compiled kernel: batches of other sizes compile none."""
+    compiled = []
+
+    def keep(graph, inputs):
+        compiled.append(graph)
+        return graph
+    fused = torch.compile(flex_attention.flex_attention, dynamic=True, backend=keep)
+    monkeypatch.setattr(flex_attention, "flex_attention", fused)
+    for n in range(12):
+        lengths = [(20 + 37 * n % 90, [30 + 53 * n % 150]) for _ in range(2 + n % 5)]
+        batch = lay_out(random_examples(lengths), "prefix", 250, tokenizer)
+        (B, T), predicate = batch.tokens.shape, masks.predicates("prefix", batch).attention
+        q, k, v = torch.randn(B, 4, T, 16), torch.randn(B, 2, T, 16), torch.randn(B, 2, T, 16)
+        networks.flex(q, k, v, masks.block_mask(predicate, B, T, T))
+        if n == 5:                            # by now one row and several, one block and several have been seen
+            first = len(compiled)
+    assert len(compiled) == first <= 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
