@@ -122,10 +122,11 @@ def main(config: Config) -> dict:
               "ms_median": round(1e3 * statistics.median(seconds), 2), "ms_p10": round(1e3 * deciles[0], 2),
               "ms_p90": round(1e3 * deciles[-1], 2), "params": model_file.parameter_count(model),
               "rss_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-              **({"cuda_peak_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device.type == "cuda" else {}),
               "foreign_cpu": foreign and round(max(0.0, foreign) / hardware.cores(), 3),
               "dtype": config.dtype, "threads": torch.get_num_threads(),
               "processor": hardware.processor_name(device), "torch": torch.__version__}
+    if device.type == "cuda":
+        record["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
     print(json.dumps(record))
     return record
 

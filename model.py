@@ -78,14 +78,14 @@ def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | No
     K, grouped = q_BHTK.shape[-1], q_BHTK.shape[1] != k_BGSK.shape[1]
     qkv, scale = (q_BHTK, k_BGSK, v_BGSK), K ** -0.5 if scale is None else scale
     q, k, v = (F.pad(x, (0, 16 - K)) for x in qkv) if K < 16 else qkv
-    ordinary = {"BACKEND": "TRITON"}     # the kernel for few queries cannot be compiled for any sizes (torch 2.11)
+    ordinary = {"BACKEND": "TRITON"}     # torch 2.11 cannot compile its kernel for few queries for any sizes
     return kernel(q, k, v, add_bias, block_mask, scale, grouped, kernel_options=ordinary)[..., :K]
 
 
 @functools.cache
 def _compiled_flex() -> Callable:
-    """torch.compile(flex_attention), once per process: for any sizes, and one kernel for each kind of mask, of
-    which an encoder-decoder's training and evaluation have a dozen (torch's default is to give up after 8).
+    """torch.compile(flex_attention), once per process: for any sizes, one kernel for each kind of mask, of which
+    an encoder-decoder's training and evaluation have a dozen (torch's default is to give up after 8).
     """
     import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
