@@ -77,7 +77,7 @@ class Decoding:
             raise UserError(f"the model has {model.config.max_positions} positions; a prompt of {P} tokens "
                             f"and an answer of {max_new} need {P + max_new - 1}")
         self.slots = torch.arange(P + max_new, device=device)
-        lower = torch.is_autocast_enabled(device.type)                   # the cache holds what attention reads
+        lower = torch.is_autocast_enabled(device.type)             # the cache holds what attention reads
         dtype = torch.get_autocast_dtype(device.type) if lower else torch.float32
         self.cache = KVCache(model.config, B, P + max_new, device, dtype)
 

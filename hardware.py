@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import masks
 from errors import UserError
+from model import attention
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,7 +53,7 @@ def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
         with torch.autocast(kind, dtype) if lower else contextlib.nullcontext():
             h = F.linear(F.silu(F.linear(x, w_in)), w_out)
             heads = h.view(4, 256, 4, 32).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+            attended = attention(heads, heads, heads, masks.causal)
         attended.float().square().mean().backward()
         if kind == "cuda":
             torch.cuda.synchronize()

@@ -122,6 +122,29 @@ def test_routes_give_the_same_logits(structure, layout, batch_of, random_model, 
     torch.testing.assert_close(flex, text, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["causal", "allowed", "biased", "decoding"])
+def test_bf16_on_a_cpu_is_the_text(kind):
+    """Values and gradients, up to the 8 bits of bf16, of the route that a CPU takes for it."""
+    T = 1 if kind == "decoding" else 40
+    q, k, v = (torch.randn(3, heads, n, 16).bfloat16() for heads, n in ((4, T), (2, 40), (2, 40)))
+    allowed = masks.dense(masks.causal, 3, T, 40) if T > 1 else torch.rand(3, 1, 1, 40) < 0.5
+    allowed, bias = allowed | (torch.arange(40) == 0), torch.randn(3, 4, T, 40).bfloat16()
+    mask = {"causal": masks.causal, "biased": bias.masked_fill(~allowed, float("-inf"))}.get(kind, allowed)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        if dtype == torch.bfloat16:
+            y = networks.attention(*inputs, mask)
+        else:
+            heads = [inputs[0], *(x.repeat_interleave(2, dim=1) for x in inputs[1:])]
+            y = networks.written_out_attention(*heads, allowed, None, bias.to(dtype) if kind == "biased" else None)
+        weights = torch.sin(torch.arange(y.numel())).view(y.shape).to(dtype)
+        results.append((y, *torch.autograd.grad(y, inputs, weights)))
+    for found, expected in zip(*results):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
 def test_causal_route_without_a_mask_tensor():
     """The predicate `causal` itself and its dense tensor lead to the same attention."""
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
