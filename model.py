@@ -72,8 +72,8 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float
 
 def bf16_on_a_cpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Tensor | None = None,
                   is_causal: bool = False, scale: float | None = None) -> Tensor:
-    """The text again, its mask added, in bf16 throughout: on a CPU products gain from bf16, the fused kernel does
-    not, up to a thousand tokens (forward and backward, 24 rows of 48 tokens take it six times as long).
+    """The text again, its mask added, in bf16 throughout: on a CPU products gain from bf16. The fused kernel
+    does not, up to a thousand tokens (forward and backward, 24 rows of 48 tokens take it six times as long).
     """
     T, S = q_BHTK.shape[2], k_BHSK.shape[2]
     allowed = masks_module.dense(masks_module.causal, 1, T, S) if is_causal else attn_mask
