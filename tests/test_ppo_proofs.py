@@ -228,20 +228,18 @@ def test_dpo_reaches_the_closed_form(beta):
         optimum = torch.log_softmax(reference + rewards / beta, dim=1)
     winner, loser = torch.cartesian_prod(*2 * [torch.arange(rewards.shape[1])]).T
     share = torch.sigmoid(rewards[:, winner] - rewards[:, loser])
-    optimizer = torch.optim.LBFGS(model.policy.parameters(), max_iter=200, line_search_fn="strong_wolfe",
-                                  tolerance_change=1e-12, tolerance_grad=1e-9)
-
-    def loss():
-        optimizer.zero_grad()
+    optimizer, steps = torch.optim.Adam(model.policy.parameters(), lr=0.1), 300
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         logprobs = answer_logprobs(model.policy, 2)
         losses = objectives.dpo_loss(logprobs[:, winner], logprobs[:, loser], reference[:, winner],
                                      reference[:, loser], beta)
-        total = (share * losses).sum()
-        total.backward()
-        return total
-    optimizer.step(loss)
+        optimizer.zero_grad()
+        (share * losses).sum().backward()
+        optimizer.step()
     with torch.no_grad():
-        assert distance(answer_logprobs(model.policy, 2), optimum) < 1e-3 < distance(reference, optimum)
+        assert distance(answer_logprobs(model.policy, 2), optimum) < 1e-4 < distance(reference, optimum)
+
 
 
 # ---- against TRL 1.12.0 ------------------------------------------------------------------------------------
