@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import command_line
@@ -228,22 +229,32 @@ def last_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def sampled(study: Study, models: dict) -> tuple[dict[str, list], dict[str, list]]:
+    """(answers of every row, greedy answers of every model); at temperature 1 where no other is named."""
+    asked = [(name, model, temperature) for name, model in models.items() for temperature in (1.0, 0.0)]
+    asked.append(("sft_cool", models["sft"], study.config.cool))
+    asked += [("best_of_n", None, 1.0)] * bool(study.reward)
+    written, greedy = {"human": study.human}, {}
+    for name, model, temperature in tqdm(asked, "sampling answers", leave=False, disable=None):
+        answers = answers_of(study, model, temperature) if model else best_of_n(study)
+        answers = first_line(study, answers) if name == "base" else answers
+        (written if temperature else greedy)[name] = answers
+    return written, greedy
+
+
 def build_report(config: Config) -> tuple[dict, str]:
     """(report.json's content, the examples as Markdown)."""
     study, models = load_study(config)
     base, sft = models["pretrain"], models["sft"]
-    policies = {name: models[name] for name in ("dpo", "ppo") if name in models}
-    written = {"base": first_line(study, answers_of(study, base, 1.0)), "sft": answers_of(study, sft, 1.0),
-               "sft_cool": answers_of(study, sft, config.cool), "human": study.human}
-    greedy = {"base": first_line(study, answers_of(study, base, 0.0)), "sft": answers_of(study, sft, 0.0)}
-    for name, policy in policies.items():
-        written[name], greedy[name] = answers_of(study, policy, 1.0), answers_of(study, policy, 0.0)
-    if study.reward:
-        written["best_of_n"] = best_of_n(study)
+    authors = {"base": base, "sft": sft} | {name: models[name] for name in ("dpo", "ppo") if name in models}
+    written, greedy = sampled(study, authors)
     rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
-    authors = {"base": base, "sft": sft, "sft_cool": sft} | policies
-    report = {name: row_of(study, written[name], greedy.get(name), authors.get(name), rivals,
-                           config.cool if name == "sft_cool" else 1.0) for name in ROWS if name in written}
+    authors["sft_cool"] = sft
+    report = {}
+    rows = [row for row in ROWS if row in written]
+    for name in tqdm(rows, "measuring them", leave=False, disable=None):
+        report[name] = row_of(study, written[name], greedy.get(name), authors.get(name), rivals,
+                              config.cool if name == "sft_cool" else 1.0)
     del report["base"]["kl"], report["base"]["entropy"]      # its first lines alone: no samples of its own
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
