@@ -287,7 +287,7 @@ def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
     densest = {"span_corruption": (density, mean_span), "ul2": (0.5, 3.0), "u_palm": (0.5, 3.0)}.get(name)
     if densest and o.n_noise_spans(context, *densest)[1] >= len(sentinels):
         raise UserError(f"{name} in a context of {context} needs more than the {len(sentinels)} sentinels "
-                        "that there are; lower the context")
+                        "that the tokenizer has" + "; lower the context" * bool(sentinels))
     objective = known[name]()
 
     def example(text: list[int], rng: np.random.Generator) -> Example:

@@ -90,6 +90,8 @@ class Decoding:
         """The encoder-decoder reads its prompt once; the decoder then starts from its own beginning."""
         document, positions = self.documents()
         B, S = self.tokens.shape
+        if 0 < (most := self.model.config.max_positions) < S:
+            raise UserError(f"the model has {most} positions, and a prompt {S} tokens")
         within = masks.same_document(document, document)
         device = self.tokens.device
         self.memory = self.model.encode(self.tokens, positions, masks.dense(within, B, S, S, device))
@@ -182,6 +184,16 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
         for i, row in zip(chosen, drawn.tolist()):
             responses[i] = row[:row.index(tokenizer.end) + 1] if tokenizer.end in row else row
     return responses
+
+
+def answers_to_show(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,
+                    seed: int) -> list[list[int]]:
+    """For samples.txt: at temperature 0.7, up to 48 tokens, or what learned positions leave room for."""
+    in_one_row = model.config.structure != "encdec"
+    before = len(tokenizer.begin) + max(map(len, prompts)) if in_one_row else len(tokenizer.target_begin)
+    room = model.config.max_positions + 1 - before if model.config.max_positions else 48
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    return generate(model, prompts, tokenizer, max(1, min(48, room)), 0.7, generator=generator)
 
 
 def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,

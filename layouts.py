@@ -3,6 +3,7 @@
 A layout reads config.json into a ModelConfig and is a table from our modules to the published ones. The rest
 is in weights.py; a new family, or another author's names for it, is a new row of LAYOUTS.
 """
+import dataclasses
 import re
 from typing import Callable, NamedTuple
 
@@ -30,7 +31,7 @@ def rope(c: dict) -> dict:
     parameters = c.get("rope_parameters") or {}
     only(parameters, rope_type="default")
     only(c, rope_scaling=None)
-    return {"rope_theta": float(c.get("rope_theta") or parameters.get("rope_theta", 10000.0))}
+    return {"rope_theta": 1.0 * (c.get("rope_theta") or parameters.get("rope_theta", 10000.0))}
 
 
 def sized(variants: dict, *layers_width_heads, **more) -> ModelConfig:
@@ -81,7 +82,9 @@ def read_falcon(c: dict) -> ModelConfig:
 
 
 def read_chatglm2(c: dict) -> ModelConfig:
-    only(c, position_encoding_2d=False, rmsnorm=True, add_bias_linear=False, post_layer_norm=True,
+    if c.get("position_encoding_2d"):
+        raise UserError("config.json has position_encoding_2d: ChatGLM-6B is a preset without a loader")
+    only(c, rmsnorm=True, add_bias_linear=False, post_layer_norm=True,
          apply_residual_connection_post_layernorm=False, rope_ratio=1, tie_word_embeddings=False)
     heads = c["num_attention_heads"]
     return sized(CHATGLM2, c["num_layers"], c["hidden_size"], heads, vocab=c["padded_vocab_size"],
@@ -266,10 +269,17 @@ MODEL_TYPES = {"gpt2": "gpt2", "llama": "llama", "baichuan": "baichuan", "falcon
 def read_config(c: dict) -> tuple[Layout, ModelConfig]:
     """The layout and the network of a config.json."""
     kind = c.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(f"config.json has model_type {kind!r}; known are {', '.join(MODEL_TYPES)}")
     layout = LAYOUTS[MODEL_TYPES[kind]]
     try:
-        return layout, layout.read_config(c)
+        config = layout.read_config(c)
     except KeyError as error:
         raise UserError(f"config.json, of model_type {kind!r}, has no {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"config.json, of model_type {kind!r}, has a wrong value: {error}") from None
+    wrong = [f"{field.name} {getattr(config, field.name)!r}" for field in dataclasses.fields(config)
+             if type(getattr(config, field.name)) not in (field.type, *[int] * (field.type is float))]
+    if wrong:
+        raise UserError(f"config.json, of model_type {kind!r}, makes {', '.join(wrong)} of its values")
+    return layout, config

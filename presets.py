@@ -176,8 +176,9 @@ PRESETS = {
 def preset(name: str, **changes) -> ModelConfig:
     """A published network, such as "llama2-7b"; in other sizes by preset("t5-small", layers=2, width=64)."""
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise UserError(f"there is no preset {name!r}; the nearest is {nearest!r} (presets.py has all)")
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
+        raise UserError(f"there is no preset {name!r}; {hint}")
     config = ModelConfig(**PRESETS[name])
     return scaled(config, **changes) if changes else config
 

@@ -90,7 +90,16 @@ def published(folder: Path, c: dict, structure: str) -> tuple[dict[bytes, int], 
     """The tokenizer beside a config.json `c`: ranks and settings, as Tokenizer takes them, and what was
     chosen where the two files say nothing.
     """
-    content = read_content(folder)
+    try:
+        return _published(folder, read_content(folder), c, structure)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder}: the tokenizer's files are not as tokenizers have them "
+                        f"({type(error).__name__}: {error})") from None
+
+
+def _published(folder: Path, content: dict, c: dict, structure: str) -> tuple[dict[bytes, int], dict, str]:
     vocab = content["model"]["vocab"]
     vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
     specials = {added["content"]: added["id"] for added in content.get("added_tokens") or []}
@@ -173,7 +182,7 @@ def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]
     """Which special tokens pad, begin and end; and what had to be chosen."""
     names, chosen = {i: name for name, i in specials.items()}, ""
     end = c.get("eos_token_id")
-    end = end[0] if isinstance(end, list) and end else end
+    end = (end or [None])[0] if isinstance(end, list) else end
     if end not in names:
         raise UserError(f"config.json's eos_token_id is {end}, which is no special token of the tokenizer")
     bos, pad = c.get("bos_token_id"), c.get("pad_token_id")

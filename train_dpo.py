@@ -24,7 +24,7 @@ import masks
 import model as model_file
 import objectives
 from errors import UserError
-from generate import generate, generate_many
+from generate import answers_to_show, generate_many
 from labeller import TIE, Labeller, agreement, collect_rankings
 from tokenizer import Tokenizer
 
@@ -240,8 +240,7 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
     prompts = [example.source for example in examples]
-    answers = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
-                       generator=torch.Generator(run.device).manual_seed(config.seed))
+    answers = answers_to_show(model, prompts, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
                        for example, answer in zip(examples, answers)])
 

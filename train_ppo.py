@@ -26,7 +26,7 @@ import model as model_file
 import objectives
 import own_reward
 from errors import Fault, UserError
-from generate import drawn_from, generate, generate_many
+from generate import answers_to_show, drawn_from, generate, generate_many
 from labeller import Labeller
 from tokenizer import Tokenizer
 
@@ -490,8 +490,7 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
     prompts = [example.source for example in examples]
-    answers = generate(common.unwrap(model.policy), prompts, loaded.tokenizer, max_new=48, temperature=0.7,
-                       generator=torch.Generator(run.device).manual_seed(config.seed))
+    answers = answers_to_show(common.unwrap(model.policy), prompts, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(sum(example.targets, [])), decode(answer))
                        for example, answer in zip(examples, answers)])
 

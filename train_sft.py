@@ -22,7 +22,7 @@ import data
 import masks
 import model as model_file
 import objectives
-from generate import generate
+from generate import answers_to_show
 from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
@@ -174,8 +174,7 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
     prompts = [example.source for example in examples]
-    answers = generate(model, prompts, loaded.tokenizer, max_new=48, temperature=0.7,
-                       generator=torch.Generator(run.device).manual_seed(config.seed))
+    answers = answers_to_show(model, prompts, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
                        for example, answer in zip(examples, answers)])
 

@@ -2,7 +2,7 @@
 
     python weights.py import FOLDER runs/llama2              a run folder, for generate.py and later stages,
                                                              of config.json, *.safetensors and a tokenizer
-    python weights.py export runs/x FOLDER --layout llama    (or gpt2, t5) config.json and model.safetensors
+    python weights.py export runs/x FOLDER --layout llama    (or gpt2, t5) config.json and *.safetensors
 
 The names are in layouts.py. Reading is strict: every published tensor is used once, or is named among those
 that may be left out. Weights keep their number format; loaded from the run folder, a model computes in fp32.
@@ -88,7 +88,7 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         try:
             header = json.loads(file.read(length), object_pairs_hook=once)
             metadata = header.pop("__metadata__", {})
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: the header is no JSON object of tensors ({error})") from None
     entries = {name: entry(path, name, what, 8 + length) for name, what in header.items()}
     end = 8 + length
@@ -107,7 +107,7 @@ def entry(path: Path, name: str, what: dict, data: int) -> Entry:
     """One tensor's line of the header, checked on its own. data: where the tensors' bytes begin."""
     try:
         dtype, shape, (start, end) = what["dtype"], tuple(what["shape"]), what["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -140,6 +140,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], shard: int = 5 * 10**9) -> None:
+    """model.safetensors, or files of up to `shard` bytes (a larger tensor has its own) and their index. What
+    another division has left in the folder is removed last.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, x in tensors.items():
+        if shards[-1] and sum(y.nbytes for y in shards[-1].values()) + x.nbytes > shard:
+            shards.append({})
+        shards[-1][name] = x
+    n, files = len(shards), ["model.safetensors"]
+    if n > 1:
+        files = [f"model-{k:05}-of-{n:05}.safetensors" for k in range(1, n + 1)]
+    for file, part in zip(files, shards):
+        write_safetensors(folder / file, part, {"format": "pt"})
+    if n > 1:
+        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
+                 "weight_map": {name: file for file, part in zip(files, shards) for name in part}}
+        files.append("model.safetensors.index.json")
+        common.write_atomically(folder / files[-1], json.dumps(index, indent=1).encode())
+    for old in (*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")):
+        if old.name not in files:
+            old.unlink()
+
+
 def read_folder(folder: Path) -> Tensors:
     """model.safetensors, or the shards that model.safetensors.index.json names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -168,7 +192,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is not there") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -294,7 +318,7 @@ def export_folder(config: Config) -> None:
     known = [name for name, layout in LAYOUTS.items() if layout.write_config]
     if config.layout not in known:
         raise UserError(f"layout is {config.layout!r}; it must be one of {', '.join(known)}")
-    if (out / "model.safetensors").exists() and not config.overwrite:
+    if any(out.glob("model.safetensors*")) and not config.overwrite:
         raise UserError(f"{out} holds a model already; choose another folder, or --overwrite it")
     tokenizer = checkpoint.load_tokenizer(run, first="python train_pretrain.py")
     state, layout = checkpoint.latest(run), LAYOUTS[config.layout]
@@ -313,8 +337,7 @@ def export_folder(config: Config) -> None:
     c |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
     c |= {"decoder_start_token_id": tokenizer.bos} if model_config.structure == "encdec" else {}
     out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out / "model.safetensors", to_published(state["model"], layout, model_config),
-                      {"format": "pt"})
+    write_folder(out, to_published(state["model"], layout, model_config))
     common.write_atomically(out / "config.json", (json.dumps(c, indent=1) + "\n").encode())
     print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}; without a tokenizer")
 

@@ -100,7 +100,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="no preset 'lama2-7b'.*'llama2-7b'"):
+    with pytest.raises(ValueError, match="no preset 'lama2-7b'.*mean 'llama2-7b'"):
         preset("lama2-7b")
 
 

@@ -21,6 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 import weights
+from errors import UserError
 from model import KVCache
 from tokenizer import Tokenizer
 
@@ -358,6 +359,30 @@ def test_shards_are_one_checkpoint(tmp_path):
             weights.read_folder(tmp_path)
 
 
+def test_large_checkpoints_are_written_in_shards(tmp_path):
+    """Files of up to so many bytes and an index, read back the same; another division leaves nothing behind."""
+    tensors = {f"layer.{i}": torch.randn(3, 5 + i) for i in range(7)} | {"large": torch.randn(100)}
+    for shard, files in ((200, 6), (10**6, 1), (150, 7)):
+        weights.write_folder(tmp_path, tensors, shard)
+        written = sorted(tmp_path.iterdir())
+        assert len(written) == files + (files > 1)
+        read = weights.read_folder(tmp_path)
+        assert set(read) == set(tensors) and all(torch.equal(read[name], x) for name, x in tensors.items())
+        sizes = [sum(x.nbytes for x in weights.read_safetensors(path)[0].values())
+                 for path in written if path.suffix == ".safetensors"]
+        assert files == 1 or all(size <= max(shard, 400) for size in sizes)
+
+
+@pytest.mark.parametrize("header", [
+    '{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "[" * 200_000,
+    '{"a": {"dtype": {}, "shape": [2], "data_offsets": [0, 8]}}'])
+def test_headers_of_odd_values_are_one_sentence(header, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(UserError, match="tensor a is described by|no JSON object of tensors"):
+        weights.read_safetensors(path)
+
+
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 KINDS = json.loads((GOLDENS / "tokenizers.json").read_text(encoding="utf-8"))
@@ -433,11 +458,15 @@ def test_a_missing_package_is_asked_for_in_a_sentence(tmp_path, monkeypatch):
      "Of a tokenizer.model .*AutoTokenizer.from_pretrained"),
     (lambda folder: (folder / "merges.txt").write_text("a zz"), "merges to 'azz'"),
     (lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), "no token for 255 of the 256 bytes"),
-    (lambda folder: (folder / "vocab.json").write_text("{"), "cannot be read")])
+    (lambda folder: (folder / "vocab.json").write_text("{"), "cannot be read"),
+    (lambda folder: (folder / "vocab.json").write_text("[1]"), "not as tokenizers have them"),
+    (lambda folder: (folder / "merges.txt").write_text("a b c"), "not as tokenizers have them"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "not as tokenizers have them .*'model'"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[]"), "not as tokenizers have them")])
 def test_a_faulty_tokenizer_is_one_sentence(change, sentence, tmp_path):
     put_tokenizer(tmp_path, "gpt2")
     change(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         published_tokenizers.published(tmp_path, {"eos_token_id": 3}, "causal")
 
 
@@ -469,6 +498,24 @@ def put_checkpoint(folder: Path, name: str, kind: str = "gpt2", **changes) -> Pa
 
 def command(text: str) -> None:
     weights.main(weights.parse(text.split()))
+
+
+@pytest.mark.parametrize("name, change, sentence", [
+    ("gpt2", {"n_layer": "2"}, "wrong value"), ("gpt2", {"n_layer": 2.5}, "makes layers 2.5"),
+    ("gpt2", {"n_embd": 24.0}, "makes width 24.0"), ("gpt2", {"n_head": None}, "wrong value"),
+    ("gpt2", {"vocab_size": [1]}, "wrong value"), ("gpt2", {"model_type": ["gpt2"]}, "has model_type"),
+    ("llama", {"rope_parameters": [1]}, "wrong value"), ("llama", {"rope_theta": "x"}, "wrong value"),
+    ("chatglm2", {"position_encoding_2d": True}, "ChatGLM-6B is a preset")])
+def test_a_faulty_config_is_one_sentence(name, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        layouts.read_config(golden(name)[1] | change)
+
+
+def test_a_prompt_longer_than_the_encoders_positions_is_one_sentence(tmp_path):
+    """BART's encoder has learned positions too."""
+    command(f"import {put_checkpoint(tmp_path / 'published', 'bart', 'bart')} {tmp_path / 'run'}")
+    with pytest.raises(UserError, match="the model has 99 positions, and a prompt 243 tokens"):
+        generate.main(generate.Config(run=str(tmp_path / "run"), prompt="a b " * 80, max_new=2, device="cpu"))
 
 
 @pytest.mark.parametrize("name, layout, kind", [("gpt2", "gpt2", "gpt2"), ("llama", "llama", "gpt2"),
