@@ -95,6 +95,9 @@ def main(config: Config) -> dict:
     """Time it and print one line."""
     if config.what not in ("train", "generate"):
         raise UserError(f"what is {config.what!r}; it must be train or generate")
+    if config.repetitions < 2 or config.source >= config.context - 1 or config.vocab < 256 + len(SPECIALS):
+        raise UserError("wanted are 2 repetitions, a context longer than its source, and a vocab of at least "
+                        f"{256 + len(SPECIALS)}")
     device = hardware.choose_device(config.device)
     run = common.Run(None, device, hardware.choose_dtype(config.dtype, device)[0])
     ranks = {bytes([b]): b for b in range(256)}

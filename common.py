@@ -89,16 +89,20 @@ class Run:
         line was written after it.
         """
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if state and state["step"] >= steps and path.exists() else []
+        done = bool(state) and state["step"] >= steps and path.exists()
+        lines = path.read_text().split("\n")[:-1] if done else []
         last = json.loads(lines[-1]) if lines else None
         if last is None or last["step"] < state["step"]:
             return None
         self.print(f"{self.folder} is finished already; --overwrite trains it anew, more --steps go on")
         return last
 
-    def finish(self, following: str, tiny: bool) -> None:
-        """The last words of a stage."""
-        self.print(f"done in {self.seconds():.0f} s: {self.folder}\nnext: {following}{' --tiny' * tiny}")
+    def finish(self, config, following: str, flag: str = "") -> None:
+        """The last words of a stage. flag: by which the next one is told of a folder other than the usual."""
+        usual = (type(config).out, config.TINY["out"])
+        told = f" {flag} {config.out}" * (bool(flag) and config.out not in usual)
+        self.print(f"done in {self.seconds():.0f} s: {self.folder}\n"
+                   f"next: {following}{told}{' --tiny' * config.tiny}")
 
     def progress(self, items, description: str):
         return tqdm(items, desc=description, leave=False, disable=True if self.rank else None)
@@ -129,12 +133,12 @@ def set_up(config) -> Run:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
     run = Run(Path(config.out), device, torch.float32, rank, world)
-    threads = hardware.choose_threads(device, world)
-    before = hardware.recorded(config).get("dtype_used", "")
-    run.dtype, why = run.agreed(hardware.choose_dtype(config.dtype, device, before))
+    before = hardware.recorded(config)
+    threads = hardware.choose_threads(device, world, before.get("threads", 0))
+    run.dtype, why = run.agreed(hardware.choose_dtype(config.dtype, device, before.get("dtype_used", "")))
     torch.manual_seed(config.seed)                  # after the timing above, which draws numbers of its own
     run.print(f"{processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} thread(s), "
               f"{why}")
@@ -155,9 +159,14 @@ def check(config) -> None:
         if getattr(config, name, 1) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
-                 "save_every", "source_weight"):
+                 "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip", "value_clip"):
         if getattr(config, name, 0) < 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must not be negative")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(config, name, 1) <= 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
+    if getattr(config, "temperature", 1) <= 0:
+        raise UserError(f"temperature is {config.temperature}; it must be above 0: answers are drawn")
     if config.keep < 1:
         raise UserError(f"keep is {config.keep}; at least 1 checkpoint must be kept")
     if config.resume not in ("auto", "must", "never"):
@@ -219,9 +228,9 @@ def open_run(run: Run, config, tokenizer, held_out_names) -> None:
         for old in run.folder.glob("checkpoint-*.pt"):
             old.unlink()
     dtype = "fp32" if run.dtype == torch.float32 else "bf16"
-    content = {**dataclasses.asdict(config), "ranks": run.world, "dtype_used": dtype,
-               "torch": torch.__version__, "processor": processor_name(run.device)}
-    (run.folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
+               "dtype_used": dtype, "torch": torch.__version__, "processor": processor_name(run.device)}
+    write_atomically(run.folder / "config.json", (json.dumps(content, indent=1) + "\n").encode())
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     if getattr(config, "init", ""):              # what an earlier stage held out stays held out
         held_out_names = held_out_names | set(json.loads((Path(config.init) / "held_out.json").read_text()))
@@ -292,7 +301,8 @@ class Log:
             self.interval.setdefault(name, []).append(float(value))
 
     def _lines(self) -> list[str]:
-        return self.path.read_text().splitlines() if self.path.exists() else []
+        """Whole lines: the last may have been cut short, where the disk was full or the power went."""
+        return self.path.read_text().split("\n")[:-1] if self.path.exists() else []
 
     def line(self, step: int, **metrics: float) -> None:
         means = {name: sum(values) / len(values) for name, values in self.interval.items()}

@@ -29,6 +29,7 @@ import labeller
 import model as model_file
 import train_pretrain
 import train_sft
+from errors import UserError
 from generate import generate
 
 ROWS = (("causal", "next_token"), ("causal", "prefix_lm"), ("prefix", "prefix_lm"),
@@ -136,6 +137,11 @@ def main(config: Config) -> list[dict]:
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
+    settings = {name: value for name, value in vars(config).items() if name not in ("out", "seeds", "device")}
+    made_with = folder / "settings.json"
+    if made_with.exists() and json.loads(made_with.read_text()) != settings:
+        raise UserError(f"{folder} holds results of other settings ({made_with.read_text()}); another --out?")
+    common.write_atomically(made_with, json.dumps(settings).encode())
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["structure"], row["objective"], row["seed"]) for row in results}
     wanted = [(*row, seed) for seed in range(1, config.seeds + 1) for row in ROWS if (*row, seed) not in done]

@@ -248,7 +248,7 @@ def read_text(path: str, content: str) -> list[Record]:
 def read_jsonl(path: str, content: str) -> list[Record]:
     """A .jsonl file: one object a line, recognised by its keys. Faults name file and line."""
     records = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):      # JSON may hold U+2028
         if not line.strip():
             continue
         try:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -102,18 +103,16 @@ def first_line(study: Study, answers: list[list[int]]) -> list[list[int]]:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def read(study: Study, model, answers: list[list[int]]) -> list[tuple[data.Batch, torch.Tensor]]:
-    """The model's outputs on all (prompt, answer): [(batch, logits (N, V) of the answer tokens, or one scalar
-    an answer)].
+def read(study: Study, model, answers: list[list[int]]) -> Iterator[tuple[data.Batch, torch.Tensor]]:
+    """The model's outputs on all (prompt, answer), 64 at a time: the batch, and logits (N, V) of the answer
+    tokens or one scalar an answer.
     """
-    outputs = []
     for i in range(0, len(answers), 64):
         examples = [data.Example(prompt, [answer])
                     for prompt, answer in zip(study.prompts[i:i + 64], answers[i:i + 64])]
         batch = data.lay_out(examples, model.config.structure, 128, study.tokenizer).to(study.device)
         where = batch.last if model is study.reward else batch.loss_mask
-        outputs.append((batch, model(batch, masks.of_batch(model.config.structure, batch), where)))
-    return outputs
+        yield batch, model(batch, masks.of_batch(model.config.structure, batch), where)
 
 
 def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = True,
@@ -124,7 +123,7 @@ def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = T
     sums, entropies = [], []
     for batch, logits_NV in read(study, model, answers):
         if sampled:
-            logits_NV = drawn_from(logits_NV, model, study.tokenizer, temperature)
+            logits_NV = drawn_from(logits_NV, study.tokenizer, temperature)
         logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
         document_N = batch.document[batch.loss_mask]
         zeros = torch.zeros(int(document_N.max()) + 1, device=study.device)
@@ -229,7 +228,7 @@ def last_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def sampled(study: Study, models: dict) -> tuple[dict[str, list], dict[str, list]]:
+def collect_answers(study: Study, models: dict) -> tuple[dict[str, list], dict[str, list]]:
     """(answers of every row, greedy answers of every model); at temperature 1 where no other is named."""
     asked = [(name, model, temperature) for name, model in models.items() for temperature in (1.0, 0.0)]
     asked.append(("sft_cool", models["sft"], study.config.cool))
@@ -247,7 +246,7 @@ def build_report(config: Config) -> tuple[dict, str]:
     study, models = load_study(config)
     base, sft = models["pretrain"], models["sft"]
     authors = {"base": base, "sft": sft} | {name: models[name] for name in ("dpo", "ppo") if name in models}
-    written, greedy = sampled(study, authors)
+    written, greedy = collect_answers(study, authors)
     rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
     authors["sft_cool"] = sft
     report = {}
@@ -326,6 +325,11 @@ def draw(report: dict, path: Path) -> None:
 
 def main(config: Config) -> dict:
     common.apply_tiny(config)
+    for name in ("prompts", "best_of", "max_new"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.cool <= 0:
+        raise UserError(f"cool is {config.cool}; it must be above 0 (greedy answers are shown in any case)")
     report, shown = build_report(config)
     folder = Path(config.runs)
     table = as_table(report)

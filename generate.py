@@ -4,6 +4,7 @@
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
     python generate.py --run runs/ppo                                             asks for prompts
 """
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,34 +131,36 @@ class Decoding:
         return self.model.logits(hidden_BTD[:, -1])
 
 
-def never_drawn(model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
+@functools.lru_cache(maxsize=16)
+def never_drawn(vocab: int, tokenizer: Tokenizer, device: torch.device) -> Tensor:
     """The tokens that no answer holds: the special ones but the end, and those by which a published
     vocabulary was padded. To sample without them is to sample from the distribution over all others.
     """
-    return [token for token in range(model.config.vocab) if token not in tokenizer.text
-            and token != tokenizer.end]
+    never = [token for token in range(vocab) if token not in tokenizer.text and token != tokenizer.end]
+    return torch.tensor(never, dtype=torch.long, device=device)
 
 
-def drawn_from(logits_NV: Tensor, model: LanguageModel, tokenizer: Tokenizer, temperature: float) -> Tensor:
+def drawn_from(logits_NV: Tensor, tokenizer: Tokenizer, temperature: float) -> Tensor:
     """The logits (N, V) of the distribution that generate draws from at that temperature."""
-    logits_NV = logits_NV / temperature
-    logits_NV[:, never_drawn(model, tokenizer)] = float("-inf")
-    return logits_NV
+    never = never_drawn(logits_NV.shape[-1], tokenizer, logits_NV.device)
+    return (logits_NV / temperature).index_fill(1, never, float("-inf"))
 
 
 @torch.no_grad()
 def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             generator: torch.Generator | None = None, batch_size: int = 256) -> list[list[int]]:
+             generator: torch.Generator | None = None, batch_size: int = 256,
+             specials: bool = False) -> list[list[int]]:
     """Continue every prompt until its end token, at most max_new tokens. Responses hold their end token, if
-    they end.
+    they end, and no other special token, unless `specials` are wanted.
 
     Prompts of similar length share a batch, so that little is padded; one that occurs several times in it is
     read once.
     """
     responses: list = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    never = torch.tensor(never_drawn(model, tokenizer), device=model.embedding.weight.device)
+    never = never_drawn(model.config.vocab, tokenizer, model.embedding.weight.device)
+    never = never[never >= tokenizer.vocab] if specials else never
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         wanted = [tuple(prompts[i]) for i in chosen]
@@ -186,14 +189,18 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     return responses
 
 
-def answers_to_show(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,
-                    seed: int) -> list[list[int]]:
-    """For samples.txt: at temperature 0.7, up to 48 tokens, or what learned positions leave room for."""
+def answers_to_show(model: LanguageModel, examples: list, tokenizer: Tokenizer, seed: int) -> list[list[int]]:
+    """For samples.txt: at temperature 0.7, up to 48 tokens, or what learned positions leave room for. With
+    special tokens where the examples' own targets hold some, as the blanks of a denoising objective do.
+    """
+    prompts = [example.source for example in examples]
     in_one_row = model.config.structure != "encdec"
     before = len(tokenizer.begin) + max(map(len, prompts)) if in_one_row else len(tokenizer.target_begin)
     room = model.config.max_positions + 1 - before if model.config.max_positions else 48
+    wanted = {token for example in examples for target in example.targets for token in target}
     generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
-    return generate(model, prompts, tokenizer, max(1, min(48, room)), 0.7, generator=generator)
+    return generate(model, prompts, tokenizer, max(1, min(48, room)), 0.7, generator=generator,
+                    specials=not wanted <= {*tokenizer.text, tokenizer.end})
 
 
 def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,
@@ -257,7 +264,10 @@ def main(config: Config) -> list[str]:
     if config.prompt:
         return answer([config.prompt])
     if config.prompts:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {config.prompts} cannot be read: {error}") from None
         return answer([line for line in lines if line.strip()])
     print("A prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
     return [text for line in iter(lambda: sys.stdin.readline().strip(), "") for text in answer([line])]

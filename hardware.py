@@ -62,6 +62,14 @@ def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
     return min(seconds)
 
 
+def seconds_in_turns(*threads: int) -> list[float]:
+    """Seconds of a layer on a CPU with these numbers of threads: the best of three turns, since another
+    program may hold a core for a while.
+    """
+    rounds = [[seconds_of_a_layer(torch.float32, "cpu", n) for n in threads] for _ in range(3)]
+    return [min(times) for times in zip(*rounds)]
+
+
 def widest(device) -> torch.dtype:
     """fp64; on mps, which has none, fp32."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -84,31 +92,38 @@ def choose_ranks(config) -> int:
 
     Threads wait for each other after every product, ranks once a step. So ranks, one thread each, are taken
     where n threads are measured to be less than 2/3 n times as fast as one, and where answers are sampled:
-    the products of a decoding step are too small to be shared. A run that goes on keeps its own.
+    the products of a decoding step are too small to be shared. A run that goes on keeps its own. One process
+    where OMP_NUM_THREADS says how a machine is to be used.
     """
+    if config.ranks < 0:
+        raise UserError(f"ranks is {config.ranks}; it must not be negative")
     if choose_device(config.device).type != "cpu":
         return 1
     if config.ranks or "ranks" in recorded(config):
         return config.ranks or recorded(config)["ranks"]
-    sizes = (getattr(config, name, 0) for name in ("batch_size", "minibatch_size", "ptx_size"))
-    shared = math.gcd(*sizes)                               # what every rank must get an equal part of
+    sizes = [getattr(config, name, 0) for name in ("batch_size", "minibatch_size", "ptx_size")]
+    groups = config.batch_size // max(1, getattr(config, "samples", 1))
+    shared = math.gcd(*sizes, groups)                       # what every rank must get an equal part of
     n = max(n for n in range(1, cores() + 1) if shared % n == 0)
     if n == 1 or config.tiny or "OMP_NUM_THREADS" in os.environ:
         return 1
     if hasattr(config, "max_new"):
         return n
-    rounds = [[seconds_of_a_layer(torch.float32, "cpu", threads) for threads in (1, n)] for _ in range(3)]
-    one, many = map(min, zip(*rounds))                # in turns: another program may hold a core for a while
+    one, many = seconds_in_turns(1, n)
     return n if one / many < n * 2 / 3 else 1
 
 
-def choose_threads(device, world: int) -> int:
-    """As many threads as this rank has cores, unless one is measured to be as fast."""
+def choose_threads(device, world: int, before: int = 0) -> int:
+    """As many threads as this rank has cores, unless one is measured to be faster. before: what an
+    interrupted run has used; it goes on with that, for with others a sum may end in other bits.
+    """
     if "OMP_NUM_THREADS" in os.environ and world == 1:
         return torch.get_num_threads()
     n = max(1, cores() // world)
-    if device.type == "cpu" and n > 1:
-        one, many = (seconds_of_a_layer(torch.float32, device, threads) for threads in (1, n))
+    if before:
+        n = min(n, before)
+    elif device.type == "cpu" and n > 1:
+        one, many = seconds_in_turns(1, n)
         n = 1 if one < 0.95 * many else n
     torch.set_num_threads(n)
     return n

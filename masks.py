@@ -200,6 +200,8 @@ if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--picture", metavar="FILE", help="draw the figure into this file (png, pdf or svg)")
     picture = flags.parse_args().picture
+    if picture and not Path(picture).absolute().parent.is_dir():
+        flags.error(f"--picture {picture}: there is no such folder")
     if picture and Path(picture).suffix not in (".png", ".pdf", ".svg"):
         flags.error(f"--picture {picture}: the name must end in .png, .pdf or .svg")
     print(ascii_picture())

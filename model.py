@@ -39,7 +39,7 @@ def written_out_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, allowe
 
 
 def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | None = None) -> Tensor:
-    """The same by a fused kernel. Returns (B, H, T, K).
+    """The same by the fastest route that there is, mostly a fused kernel. Returns (B, H, T, K).
 
     mask: the predicate masks.causal itself (no tensor needed); a tensor that broadcasts to (B, H, T, S), bool
     or added to the scores, -inf where attention is forbidden; FlexAttention's BlockMask; or a Biased one.
@@ -52,17 +52,17 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     on_cpu, short = q_BHTK.device.type == "cpu", k_BGSK.shape[2] <= 1024
     by_hand = on_cpu and short and q_BHTK.dtype == torch.bfloat16
-    fused = bf16_on_a_cpu if by_hand else F.scaled_dot_product_attention
+    kernel = bf16_on_a_cpu if by_hand else F.scaled_dot_product_attention
     if groups > 1 and q_BHTK.shape[2] == 1 and isinstance(mask, Tensor) and mask.shape[1] == 1:
         # decoding: the heads of a group become the queries of one head, and the cache need not be repeated
         queries = q_BHTK.unflatten(1, (-1, groups)).squeeze(3)
-        heads = fused(queries, k_BGSK, v_BGSK, attn_mask=mask, scale=scale)
+        heads = kernel(queries, k_BGSK, v_BGSK, attn_mask=mask, scale=scale)
         return heads.flatten(1, 2).unsqueeze(2)
     k_BHSK, v_BHSK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BGSK, v_BGSK))
     if mask is not masks_module.causal:
-        return fused(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask, scale=scale)
+        return kernel(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask, scale=scale)
     if not q_BHTK.is_cuda:
-        return fused(q_BHTK, k_BHSK, v_BHSK, is_causal=True, scale=scale)
+        return kernel(q_BHTK, k_BHSK, v_BHSK, is_causal=True, scale=scale)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.MATH]
@@ -72,8 +72,8 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float
 
 def bf16_on_a_cpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Tensor | None = None,
                   is_causal: bool = False, scale: float | None = None) -> Tensor:
-    """The text again, its mask added, in bf16 throughout: on a CPU products gain from bf16. The fused kernel
-    does not, up to a thousand tokens (forward and backward, 24 rows of 48 tokens take it six times as long).
+    """written_out_attention with an additive mask, all of it in bf16: products gain from that on a CPU, the
+    fused kernel loses (24 rows of 48 tokens take it six times as long). Every query must see some key.
     """
     T, S = q_BHTK.shape[2], k_BHSK.shape[2]
     allowed = masks_module.dense(masks_module.causal, 1, T, S) if is_causal else attn_mask

@@ -218,11 +218,12 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     for i, batch in enumerate(batches):
         batch = batch.to(run.device)
         p, w, l = data.preferences(micro_batches[i], TIE).to(run.device).nonzero(as_tuple=True)
-        with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            logprobs_PK, ref_logprobs_PK = answer_logprobs(loaded, model, batch, micro_batches[i])
-            losses_M = objectives.dpo_loss(logprobs_PK[p, w], logprobs_PK[p, l],
-                                           ref_logprobs_PK[p, w], ref_logprobs_PK[p, l], config.beta)
-            loss = (losses_M / torch.bincount(p)[p]).sum()            # a mean over the pairs of each prompt
+        with common.gradients_meet(model, last=i == len(batches) - 1):
+            with run.autocast():
+                logprobs_PK, ref_logprobs_PK = answer_logprobs(loaded, model, batch, micro_batches[i])
+                losses_M = objectives.dpo_loss(logprobs_PK[p, w], logprobs_PK[p, l],
+                                               ref_logprobs_PK[p, w], ref_logprobs_PK[p, l], config.beta)
+                loss = (losses_M / torch.bincount(p)[p]).sum()          # a mean over the pairs of each prompt
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -239,8 +240,7 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    prompts = [example.source for example in examples]
-    answers = answers_to_show(model, prompts, loaded.tokenizer, config.seed)
+    answers = answers_to_show(model, examples, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
                        for example, answer in zip(examples, answers)])
 
@@ -276,7 +276,8 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish(f'python generate.py --run {config.out} --prompt "def area(width, height):"', tiny=False)
+    run.print(f"done in {run.seconds():.0f} s: {run.folder}\n"
+              f'next: python generate.py --run {config.out} --prompt "def area(width, height):"')
     return log.last
 
 

@@ -66,7 +66,7 @@ class Config:
     row: int = 144                      # tokens of a packed row, about: several sequences share one
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
-    weight_decay: float = 0.0           # on matrices only
+    weight_decay: float = 0.0           # on all weights
     adam_eps: float = 1e-8              # of AdamW: added to the root of the second moment
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 16                # steps between evaluations, 0: only at the end
@@ -96,8 +96,6 @@ def set_up(config: Config) -> common.Run:
                         f"and be a multiple of the {run.world} ranks")
     if config.ptx_size % run.world:
         raise UserError(f"ptx_size {config.ptx_size} must be a multiple of the {run.world} ranks")
-    if config.temperature <= 0:
-        raise UserError(f"temperature is {config.temperature}; policy gradients want answers that are drawn")
     known = {"advantage": ("gae", "rloo", "grpo"), "kl_estimator": ("k1", "k2", "k3"),
              "value_init": ("reward", "sft")}
     for name, values in known.items():
@@ -192,6 +190,9 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
         reward = checkpoint.load_model(config.reward, config.context)
         if not isinstance(reward, model_file.ScalarModel):
             raise UserError(f"{config.reward} is no reward model; first run: python train_rm.py")
+        if reward.config.structure != policy.config.structure:
+            raise UserError(f"{config.reward} is {reward.config.structure}, {config.init} is "
+                            f"{policy.config.structure}: they read an answer from one row, laid out for both")
         model = FourModels(policy, reward, config.value_init)
     run.print(f"{model.config.structure}: {model_file.parameter_count(policy):,} parameters, four times")
     return model.to(run.device)
@@ -296,7 +297,7 @@ def answer_logits(config: Config, loaded: Data, network, batch: data.Batch, batc
                   actions_BT: torch.Tensor) -> torch.Tensor:
     """Logits (N, V) of the distribution that sample() draws from: at its temperature, over its tokens."""
     logits_NV = network(batch, batch_masks, actions_BT)
-    return drawn_from(logits_NV, common.unwrap(network), loaded.tokenizer, config.temperature)
+    return drawn_from(logits_NV, loaded.tokenizer, config.temperature)
 
 
 @torch.no_grad()
@@ -375,7 +376,7 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
     done = []
     for number, (epoch, i) in enumerate(updates):
         number_in_run = step * len(updates) + number
-        done.append(update(config, run, loaded, model, optimizer, minibatches[i], number_in_run))
+        done.append(update(config, run, loaded, model, optimizer, minibatches[i], number_in_run, step))
         if number == 0 and done[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
             raise Fault(f"on the first minibatch the ratio differs from 1 by {done[0]['off']:.2g}: "
                         "the policy that learns is not the one that sampled")
@@ -386,23 +387,27 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
 
 
 def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
-           number: int) -> dict[str, float]:
-    """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in."""
+           number: int, step: int) -> dict[str, float]:
+    """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in.
+    number: of the update in the run, step: of its iteration.
+    """
     counted = run.sum(sum(r.actions.sum() for r in minibatch))
     mixed = config.ptx > 0 and bool(loaded.pairs)
     totals, off = torch.zeros(5, device=run.device), 0.0
     for i, r in enumerate(minibatch):
         last, old_logprobs_N = i == len(minibatch) - 1, r.logprobs[r.actions]
-        with run.autocast(), common.gradients_meet(model.policy, last=last and not mixed):
-            logits_NV = answer_logits(config, loaded, model.policy, r.batch, r.masks, r.actions)
+        with common.gradients_meet(model.policy, last=last and not mixed):
+            with run.autocast():
+                logits_NV = answer_logits(config, loaded, model.policy, r.batch, r.masks, r.actions)
             logprobs_N = objectives.token_logprobs(logits_NV, r.batch.targets[r.actions])
             policy_loss = objectives.clipped_policy_loss(logprobs_N, old_logprobs_N, r.advantages[r.actions],
                                                          config.ratio_clip).sum()
             (policy_loss / counted * run.world).backward()        # DDP averages over ranks; the loss is a sum
         value_loss = torch.zeros((), device=run.device)
         if config.advantage == "gae":
-            with run.autocast(), common.gradients_meet(model.value, last=last):
-                values_N = model.value(r.batch, r.masks, r.actions)
+            with common.gradients_meet(model.value, last=last):
+                with run.autocast():
+                    values_N = model.value(r.batch, r.masks, r.actions)
                 value_loss = objectives.clipped_value_loss(values_N, r.values[r.actions],
                                                            r.returns[r.actions], config.value_clip).sum()
                 (value_loss / counted * run.world).backward()
@@ -414,7 +419,7 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
     ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
              for network in (model.policy, model.value)]
-    common.check_finite(number, loss=totals.sum() + ptx_loss, gradient=sum(norms))
+    common.check_finite(step, loss=totals.sum() + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()
     names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "moved")
@@ -430,7 +435,7 @@ def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -
     with run.autocast():
         logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
         loss = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
-        (config.ptx * loss / counted * run.world).backward()
+    (config.ptx * loss / counted * run.world).backward()
     return float(run.sum(loss.detach()) / counted)
 
 
@@ -489,8 +494,7 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    prompts = [example.source for example in examples]
-    answers = answers_to_show(common.unwrap(model.policy), prompts, loaded.tokenizer, config.seed)
+    answers = answers_to_show(common.unwrap(model.policy), examples, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(sum(example.targets, [])), decode(answer))
                        for example, answer in zip(examples, answers)])
 
@@ -529,7 +533,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish("python evaluate.py", config.tiny)
+    run.finish(config, "python evaluate.py")
     return log.last
 
 

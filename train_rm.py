@@ -176,9 +176,10 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     for i, batch in enumerate(batches):
         batch = batch.to(run.device)
         preference_PKK = data.preferences(micro_batches[i], TIE).to(run.device)
-        with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)
-            loss = objectives.pairwise_reward_loss(scores_PK, preference_PKK)
+        with common.gradients_meet(model, last=i == len(batches) - 1):
+            with run.autocast():
+                scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)
+                loss = objectives.pairwise_reward_loss(scores_PK, preference_PKK)
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -251,7 +252,7 @@ def main(config: Config) -> dict[str, float]:
     log.curves()
     write_samples(config, run, loaded, model)
     print_sources(run, log.last)
-    run.finish("python train_ppo.py", config.tiny)
+    run.finish(config, "python train_ppo.py", "--reward")
     return log.last
 
 

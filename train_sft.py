@@ -154,9 +154,11 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
         batch = batch.to(run.device)
         weights_BT = data.loss_weights(batch, structure, config.source_weight)
         where_BT = weights_BT > 0
-        with run.autocast(), common.gradients_meet(model, last=i == len(batches) - 1):
-            logits_NV = model(batch, masks.of_batch(structure, batch), where_BT)
-            loss = objectives.language_model_loss(logits_NV, batch.targets[where_BT], weights_BT[where_BT])
+        with common.gradients_meet(model, last=i == len(batches) - 1):
+            with run.autocast():
+                logits_NV = model(batch, masks.of_batch(structure, batch), where_BT)
+                loss = objectives.language_model_loss(logits_NV, batch.targets[where_BT],
+                                                      weights_BT[where_BT])
             (loss / counted * run.world).backward()           # DDP averages over ranks; the loss is a sum
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -173,8 +175,7 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
-    prompts = [example.source for example in examples]
-    answers = answers_to_show(model, prompts, loaded.tokenizer, config.seed)
+    answers = answers_to_show(model, examples, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
                        for example, answer in zip(examples, answers)])
 
@@ -210,7 +211,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish("python train_rm.py", config.tiny)
+    run.finish(config, "python train_rm.py", "--init")
     return log.last
 
 

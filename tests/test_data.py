@@ -46,6 +46,14 @@ def plain_bpe(texts: list[str], n_merges: int) -> list[bytes]:
     return merges
 
 
+def test_a_line_may_hold_separators_of_lines_and_paragraphs(tmp_path):
+    """JSON allows them raw in a string; they end no line of a .jsonl."""
+    text = "one\u2028two\u2029three\x85four"
+    line = json.dumps({"prompt": text, "response": "r"}, ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8", newline="")
+    assert [record.prompt for record in corpus.load_records(str(tmp_path / "d.jsonl"))] == [text, text]
+
+
 def test_incremental_counts_give_the_plain_algorithms_merges():
     """The fast trainer and the plain loop choose the same merges in the same order."""
     ranks = tokenizer_file.train_bpe(TEXTS, 256 + len(tokenizer_file.SPECIALS) + 40)

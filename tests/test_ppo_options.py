@@ -47,7 +47,7 @@ def test_what_is_scored_is_what_is_sampled(structure, temperature, random_model,
     """
     config = train_ppo.Config(temperature=temperature, row=64)
     model = train_ppo.FourModels(random_model(structure), networks.ScalarModel(random_model(structure)))
-    never = set(never_drawn(model.policy, tokenizer))
+    never = set(never_drawn(model.policy.config.vocab, tokenizer, torch.device("cpu")).tolist())
     assert set(tokenizer.specials.values()) - {tokenizer.end} == never
     first = [[token] for token in range(tokenizer.vocab) if token not in never]
     rollout = train_ppo.score(config, RUN, loaded_with(tokenizer), model, [[5, 6, 7]] * len(first), first)

@@ -159,7 +159,8 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
     (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
     (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size"),
     (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
-    (("--temperature", "0"), "temperature"), (("--seed", "-1"), "seed"), (("--row", "0"), "row")])
+    (("--temperature", "0"), "temperature"), (("--seed", "-1"), "seed"), (("--row", "0"), "row"),
+    (("--beta", "-1"), "beta"), (("--lam", "7"), "lam"), (("--ratio_clip", "-1"), "ratio_clip")])
 @one_structure
 def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
     """Said before anything is written."""
@@ -168,6 +169,36 @@ def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, caps
              "--out", str(tmp_path / "out"), "--batch_size", "8", "--minibatch_size", "4")
     error = fails(monkeypatch, capsys, train_ppo, *usual, *flags)
     assert fragment in error and not (tmp_path / "out").exists()
+
+
+@one_structure
+def test_a_reward_model_of_another_structure_is_refused(flow, tmp_path, package, no_curves):
+    """It would read an answer from rows laid out for the policy: an encoder-decoder's hold no prompt."""
+    runs, stages, _ = flow
+    other = dataclasses.replace(stages[0][1], structure="prefix", out=str(tmp_path / "prefix"), steps=1)
+    train_pretrain.main(other)
+    with pytest.raises(UserError, match="rm is causal, .*prefix is prefix"):
+        train_ppo.main(dataclasses.replace(stages[3][1], init=other.out, out=str(tmp_path / "ppo")))
+    assert not (tmp_path / "ppo").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"prompts": 0}, {"best_of": 0}, {"max_new": 0}, {"cool": 0.0}, {"cool": -1.0}])
+def test_a_report_of_nothing_is_refused(wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
+        evaluate.main(evaluate.Config(**wrong))
+
+
+@one_structure
+def test_the_next_command_names_an_unusual_folder(flow, capsys):
+    runs, stages, _ = flow
+    _, config = stages[0]
+    run = common.Run(Path(config.out), torch.device("cpu"), torch.float32)
+    run.finish(config, "python train_sft.py", "--init")
+    run.finish(train_pretrain.Config(), "python train_sft.py", "--init")
+    run.finish(train_pretrain.Config(tiny=True, out="runs/tiny/pretrain"), "python train_sft.py", "--init")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
+    assert said == [f"next: python train_sft.py --init {config.out}", "next: python train_sft.py",
+                    "next: python train_sft.py --tiny"]
 
 
 def test_dpo_learns_from_the_reward_models_comparisons(flow):
@@ -383,6 +414,9 @@ def test_structures_and_objectives_are_compared(package, no_curves, tmp_path):
     config = compare.Config(out=str(tmp_path), data=str(package), steps=3, sft_steps=3, prompts=4, layers=1,
                             width=32, device="cpu")
     rows = [compare.measure(config, "prefix", "prefix_lm", seed) for seed in (1, 2)]
+    (tmp_path / "settings.json").write_text(json.dumps(vars(config) | {"steps": 4}))
+    with pytest.raises(UserError, match="results of other settings"):
+        compare.main(config)
     table = compare.table_of(rows)
     assert table.count("±") == 5 and "| prefix | prefix_lm |" in table and "| encdec | bart |" in table
     mean = (rows[0]["loss_sft"] + rows[1]["loss_sft"]) / 2
@@ -457,9 +491,25 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
         monkeypatch.setattr(hardware, "seconds_of_a_layer",
                             lambda dtype, device, threads: 1.0 if threads == 1 else seconds_of_many)
         assert hardware.choose_ranks(config) == ranks
+    if module is train_ppo:                   # of 64 answers, 32 to a prompt, two ranks can have equal shares
+        assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), batch_size=64, samples=32)) == 2
     (tmp_path / "config.json").write_text('{"ranks": 7}')
     assert hardware.choose_ranks(config) == 7
+    with pytest.raises(UserError, match="ranks is -1"):
+        hardware.choose_ranks(module.Config(device="cpu", ranks=-1))
     assert hardware.choose_ranks(module.Config(device="cpu", ranks=3)) == 3
+
+
+@one_structure
+def test_a_run_goes_on_with_its_threads(flow, monkeypatch):
+    """With others a sum may end in other bits."""
+    assert json.loads((flow[0] / "sft" / "config.json").read_text())["threads"] == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(hardware, "cores", lambda: 4)
+    monkeypatch.setattr(hardware, "seconds_of_a_layer", lambda dtype, device, threads: 1.0 / threads)
+    chosen = [hardware.choose_threads(torch.device("cpu"), world, before) for world, before in
+              ((1, 0), (2, 0), (1, 3), (1, 9), (4, 0))]
+    assert chosen == [4, 2, 3, 4, 1]
 
 
 def script(*flags: str) -> subprocess.CompletedProcess:
@@ -594,6 +644,9 @@ def test_a_finished_run_is_left_as_it_is(flow, capsys):
     _, stages, last = flow
     for (main, config), row in zip(stages, last):
         before = {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
+        with open(Path(config.out) / "metrics.jsonl", "a") as log:         # the power went while this was written
+            log.write('{"step": 5, "lo')
+        before["metrics.jsonl"] = (Path(config.out) / "metrics.jsonl").stat().st_mtime_ns
         assert main(config) == row and "finished already" in capsys.readouterr().out
         assert before == {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
 
