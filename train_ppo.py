@@ -387,7 +387,7 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
 
 
 def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
-           number: int, step: int) -> dict[str, float]:
+           number: int, step: int = 0) -> dict[str, float]:
     """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in.
     number: of the update in the run, step: of its iteration.
     """
