@@ -4,7 +4,6 @@
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
     python generate.py --run runs/ppo                                             asks for prompts
 """
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,6 @@ class Decoding:
         return self.model.logits(hidden_BTD[:, -1])
 
 
-@functools.lru_cache(maxsize=16)
 def never_drawn(vocab: int, tokenizer: Tokenizer, device: torch.device) -> Tensor:
     """The tokens that no answer holds: the special ones but the end, and those by which a published
     vocabulary was padded. To sample without them is to sample from the distribution over all others.
