@@ -27,8 +27,8 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
                                                              source_weight=0.5),
               "prefix, prefix LM": dict(structure="prefix", objective="prefix_lm"),
               "encoder-decoder, twice the parameters": dict(structure="encdec", objective="prefix_lm"),
-              "encoder-decoder, as many parameters": dict(structure="encdec", objective="prefix_lm", layers=1,
-                                                          width=160)}
+              "encoder-decoder, a fifth more parameters": dict(structure="encdec", objective="prefix_lm",
+                                                               layers=1, width=160)}
 
 
 def structures(flow: Flow) -> list[dict]:
