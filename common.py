@@ -18,7 +18,7 @@ from errors import Fault, UserError
 from hardware import processor_name
 
 
-CACHE = Path("runs/cache")        # the scanned corpus and the trained tokenizers, by content
+CACHE = Path("runs/cache")        # scanned corpus, labeller's words, trained tokenizers, by content
 
 
 # ---- the run: where and on what it computes ----------------------------------------------------------------
@@ -174,9 +174,7 @@ def check(config) -> None:
 
 
 def learning_rate(step: int, config) -> float:
-    """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down to a tenth of lr at the last
-    step.
-    """
+    """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down towards a tenth of lr."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)

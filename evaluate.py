@@ -3,8 +3,8 @@
     python evaluate.py      reads runs/pretrain, sft, rm, ppo; writes runs/report.md, report.json, report.png
 
 Rows: the base model, SFT, SFT at a lower temperature (PPO's honest rival), the best of n SFT answers by the
-reward model, DPO where there is runs/dpo, PPO, and the human lines. `gold` is the labeller's score, which
-nothing was trained on; `about` its share of the identifier's words; `kl` is log pi(answer) -
+reward model, DPO where there is runs/dpo, PPO, and the human lines. `gold` is the labeller's score, of which
+nothing but the order was trained on; `about` its share of the identifier's words; `kl` is log pi(answer) -
 log pi_SFT(answer), averaged over the model's own answers.
 """
 import json
@@ -95,7 +95,7 @@ def answers_of(study: Study, model, temperature: float, prompts: list | None = N
 
 
 def first_line(study: Study, answers: list[list[int]]) -> list[list[int]]:
-    """What a base model writes is documentation without an end: its first line is the answer."""
+    """What a base model writes is documentation that goes on: its first line is the answer."""
     lines = [study.tokenizer.decode(answer).strip("\n").split("\n")[0] for answer in answers]
     return [tokens + [study.tokenizer.end] for tokens in study.tokenizer.encode_all(lines)]
 
@@ -174,7 +174,7 @@ def distinct(lines: list[str], n: int = 2) -> float:
 
 
 def overlap_f1(line: str, human: str) -> float:
-    """Token F1 with the human line: the outside view that nothing was trained on."""
+    """Token F1 with the human line: the outside view, in which the labeller has no part."""
     ours, theirs = Counter(labeller_file.words_of(line)), Counter(labeller_file.words_of(human))
     common_words = sum((ours & theirs).values())
     return 2 * common_words / max(1, sum(ours.values()) + sum(theirs.values()))

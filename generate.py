@@ -139,7 +139,7 @@ def never_drawn(vocab: int, tokenizer: Tokenizer, device: torch.device) -> Tenso
 
 
 def drawn_from(logits_NV: Tensor, tokenizer: Tokenizer, temperature: float) -> Tensor:
-    """The logits (N, V) of the distribution that generate draws from at that temperature."""
+    """The logits (N, V) of the distribution that generate draws from at that temperature, all tokens kept."""
     never = never_drawn(logits_NV.shape[-1], tokenizer, logits_NV.device)
     return (logits_NV / temperature).index_fill(1, never, float("-inf"))
 

@@ -1,4 +1,4 @@
-"""What this machine does best: device, number format, threads and ranks, chosen by timing a small layer.
+"""What this machine does best: the device that is present; format, threads, ranks by timing a small layer.
 
 Names of processors tell nothing: on one CPU bf16 halves the time of a step, on another it takes ten times as
 long; on one host two threads are twice as fast as one, on the next two processes are and two threads are not.
@@ -35,10 +35,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
-    """Seconds of a small layer's products and attention, forward and backward: the best of 12, of fewer (3)
+    """Seconds of a small layer's products and attention, forward and backward: the best of 12, of 3 to 11
     where they take long.
 
-    Attention belongs in it: on some processors bf16 halves the time of a product and doubles that of
+    Attention belongs in it: what bf16 does for a product it need not do for
     attention. threads 0: as many as are set.
     """
     before = torch.get_num_threads()
@@ -90,10 +90,10 @@ def recorded(config) -> dict:
 def choose_ranks(config) -> int:
     """How many processes a run on a CPU is shared between.
 
-    Threads wait for each other after every product, ranks once a step. So ranks, one thread each, are taken
+    Threads wait for each other after every product, ranks once a step. So ranks are taken
     where n threads are measured to be less than 2/3 n times as fast as one, and where answers are sampled:
     the products of a decoding step are too small to be shared. A run that goes on keeps its own. One process
-    where OMP_NUM_THREADS says how a machine is to be used.
+    where OMP_NUM_THREADS says how a machine is to be used, and with --tiny.
     """
     if config.ranks < 0:
         raise UserError(f"ranks is {config.ranks}; it must not be negative")
@@ -115,7 +115,8 @@ def choose_ranks(config) -> int:
 
 def choose_threads(device, world: int, before: int = 0) -> int:
     """As many threads as this rank has cores, unless one is measured to be faster. before: what an
-    interrupted run has used; it goes on with that, for with others a sum may end in other bits.
+    interrupted run has used; it goes on with that, where the cores are there: with others a sum may end
+    in other bits.
     """
     if "OMP_NUM_THREADS" in os.environ and world == 1:
         return torch.get_num_threads()

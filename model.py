@@ -327,8 +327,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch, masks: Masks, where_BT: Tensor) -> Tensor:
         """Logits (N, V) of the next token, at the N positions where `where` is True, row by row.
 
-        Nothing else of the logits is ever needed, and for short answers to long prompts they are half of the
-        work.
+        Nothing else of the logits is ever needed, and they are a third of the work at the default sizes.
         """
         return self.logits(self.hidden(batch, masks)[where_BT])
 
@@ -368,8 +367,8 @@ def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
 
     fan_in    1 / fan_in is the variance; embeddings have variance 1 (T5's code; PaLM, section 5)
     zero      the same, but zeros for what is added to the residual stream and for the unembedding: every
-              block is then the identity and the first loss exactly ln V; embeddings of unit variance let a
-              small model leave the unigram plateau at once. (A tied embedding: variance 1 / width.)
+              block (pre) is then the identity and the first loss (untied) exactly ln V; embeddings of unit
+              variance let a small model leave the unigram plateau at once. (Tied: variance 1 / width.)
     normal    0.02; what is added to the residual stream / sqrt(2N) (Radford et al. 2019, section 2.3)
     deepnorm  Xavier; x beta = (2N)^(-1/2) for ffn, values and attention's output (Zeng et al. 2023, 2.2)
     """
@@ -389,7 +388,9 @@ def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
 
 
 class Decoder(LanguageModel):
-    """Source and target in one row. Causal or prefix is decided by the mask alone."""
+    """Source and target in one row. Causal or prefix is decided by the mask alone (and by T5's buckets of
+    distances, where it has them).
+    """
 
     def hidden(self, batch, masks: Masks) -> Tensor:
         """The last layer's output (B, T, D)."""

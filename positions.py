@@ -18,8 +18,8 @@ from presets import ModelConfig
 # ---- rotations ---------------------------------------------------------------------------------------------
 
 def rotary_angles(positions_BT: Tensor, rotated_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x theta^(-2i/K) for i < K/2 (Su et al. 2021, eq. 15). Each (B, 1, T, K/2),
-    fp32.
+    """cos and sin of position x theta^(-2i/K) for i < K/2 and K = rotated_width (Su et al. 2021, eq. 15).
+    Each (B, 1, T, K/2), fp32.
     """
     pairs = torch.arange(0, rotated_width, 2, device=positions_BT.device)
     frequency = theta ** (-pairs.float() / rotated_width)
@@ -65,7 +65,7 @@ def relative_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
     """The bucket of a distance key - query (Raffel et al. 2020, section 2.1).
 
     Half of the buckets hold one distance each, the others ranges that widen as the logarithm does, and the
-    last all from FARTHEST on. Bidirectional: keys after the query have one half of the buckets, keys before
+    last all from FARTHEST on, and some before. Bidirectional: keys after the query have one half of the buckets, keys before
     it the other; else keys after it share bucket 0, as no causal mask lets them be seen.
     """
     n, first = BUCKETS, 0
@@ -79,7 +79,7 @@ def relative_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """T5's positions: one learned number per head and bucket of distances, the same table in all layers."""
+    """T5's positions: one learned number per head and bucket of distances, one table for a stack's layers."""
 
     def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()

@@ -40,6 +40,7 @@ COLUMNS = {                             # of the tables; of measurements that ar
     "rl_against_sft": QUALITY, "relevance": QUALITY,
     "reward_model_accuracy": (*ACCURACY, "gold", "gold_greedy", "about_greedy", "kl"),
     "reward_model_data": ACCURACY, "reward_model_boundary": ACCURACY,
+    "pretraining_settings": ("bits_per_byte",), "width_transfer": ("bits_per_byte",),
     "stability": ("gold_before", "gold", "reward", "kl", "entropy", "length", "ended", "warned_at")}
 
 

@@ -26,8 +26,8 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
               "causal, prefix LM, source half counted": dict(structure="causal", objective="prefix_lm",
                                                              source_weight=0.5),
               "prefix, prefix LM": dict(structure="prefix", objective="prefix_lm"),
-              "encoder-decoder, twice the parameters": dict(structure="encdec", objective="prefix_lm"),
-              "encoder-decoder, a fifth more parameters": dict(structure="encdec", objective="prefix_lm",
+              "encoder-decoder, 1.65 times the parameters": dict(structure="encdec", objective="prefix_lm"),
+              "encoder-decoder, 1.22 times the parameters": dict(structure="encdec", objective="prefix_lm",
                                                                layers=1, width=160)}
 
 

@@ -63,7 +63,7 @@ class Flow:
         return self.train(train_ppo, name, init=self.sft(), **settings)
 
     def steps(self, stage, share: float) -> dict[str, int]:
-        """This share of the stage's steps, with a warm-up as long as it allows."""
+        """This share of the stage's steps, a sixth of them as warm-up."""
         steps = stage.Config.TINY["steps"] if self.config.tiny else stage.Config.steps
         return dict(steps=max(2, round(share * steps)), warmup=max(1, round(share * steps / 6)))
 
