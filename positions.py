@@ -64,7 +64,7 @@ BUCKETS, FARTHEST = 32, 128                     # T5's, in all sizes
 def relative_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
     """The bucket of a distance key - query (Raffel et al. 2020, section 2.1).
 
-    Half of the buckets hold one distance each, the others ranges that widen as the logarithm does, the last one
+    Half of the buckets hold one distance each, the others ranges that widen as the logarithm does, the last
     all from FARTHEST on, and some before. Bidirectional: keys after the query have one half of the buckets,
     keys before it the other; else keys after it share bucket 0, as no causal mask lets them be seen.
     """
