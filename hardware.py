@@ -62,11 +62,13 @@ def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
     return min(seconds)
 
 
-def seconds_in_turns(*threads: int) -> list[float]:
-    """Seconds of a layer on a CPU with these numbers of threads: the best of three turns, since another
-    program may hold a core for a while.
+def seconds_in_turns(device, *ways: tuple[torch.dtype, int]) -> list[float]:
+    """Seconds of a layer in these ways (dtype, threads): the best of three turns, since another program may
+    hold a core for a while. One turn, where a way takes three times as long as another.
     """
-    rounds = [[seconds_of_a_layer(torch.float32, "cpu", n) for n in threads] for _ in range(3)]
+    rounds: list[list[float]] = []
+    while len(rounds) < 3 and not (rounds and max(rounds[0]) > 3 * min(rounds[0])):
+        rounds.append([seconds_of_a_layer(dtype, device, threads) for dtype, threads in ways])
     return [min(times) for times in zip(*rounds)]
 
 
@@ -109,7 +111,7 @@ def choose_ranks(config) -> int:
         return 1
     if hasattr(config, "max_new"):
         return n
-    one, many = seconds_in_turns(1, n)
+    one, many = seconds_in_turns("cpu", (torch.float32, 1), (torch.float32, n))
     return n if one / many < n * 2 / 3 else 1
 
 
@@ -124,7 +126,7 @@ def choose_threads(device, world: int, before: int = 0) -> int:
     if before:
         n = min(n, before)
     elif device.type == "cpu" and n > 1:
-        one, many = seconds_in_turns(1, n)
+        one, many = seconds_in_turns(device, (torch.float32, 1), (torch.float32, n))
         n = 1 if one < 0.95 * many else n
     torch.set_num_threads(n)
     return n
@@ -144,7 +146,7 @@ def choose_dtype(name: str, device, before: str = "") -> tuple[torch.dtype, str]
         return names[before], f"{before} as before"
     if device.type == "mps":
         return torch.float32, "fp32 (the safe choice on mps)"
-    fp32, bf16 = (seconds_of_a_layer(dtype, device) for dtype in names.values())
+    fp32, bf16 = seconds_in_turns(device, *((dtype, 0) for dtype in names.values()))
     reason = f"a layer takes {fp32 * 1e3:.2f} ms in fp32, {bf16 * 1e3:.2f} ms in bf16"
     return (torch.bfloat16, f"bf16 ({reason})") if bf16 < 0.95 * fp32 else (torch.float32, f"fp32 ({reason})")
 

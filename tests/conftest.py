@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"             # said, not measured anew by every run of a stage
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common                                   # noqa: E402  (the line above makes these importable)

@@ -500,6 +500,21 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
     assert hardware.choose_ranks(module.Config(device="cpu", ranks=3)) == 3
 
 
+def test_one_disturbed_timing_decides_nothing(monkeypatch):
+    """Format and threads are timed in turns; what is much slower is timed once."""
+    timed = []
+
+    def seconds(dtype, device, threads):
+        timed.append(dtype)
+        return {torch.float32: 1.0, torch.bfloat16: 0.6}[dtype] * (2.0 if len(timed) == 2 else 1.0)
+    monkeypatch.setattr(hardware, "seconds_of_a_layer", seconds)
+    assert hardware.choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16 and len(timed) == 6
+    monkeypatch.setattr(hardware, "seconds_of_a_layer",
+                        lambda dtype, device, threads: timed.append(dtype) or (9.0 if len(timed) % 2 else 1.0))
+    timed.clear()
+    assert hardware.choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16 and len(timed) == 2
+
+
 @one_structure
 def test_a_run_goes_on_with_its_threads(flow, monkeypatch):
     """With others a sum may end in other bits."""
