@@ -89,20 +89,16 @@ class Run:
         line was written after it.
         """
         path = self.folder / "metrics.jsonl"
-        done = bool(state) and state["step"] >= steps and path.exists()
-        lines = path.read_text().split("\n")[:-1] if done else []
+        lines = whole_lines(path) if state and state["step"] >= steps else []
         last = json.loads(lines[-1]) if lines else None
         if last is None or last["step"] < state["step"]:
             return None
         self.print(f"{self.folder} is finished already; --overwrite trains it anew, more --steps go on")
         return last
 
-    def finish(self, config, following: str, flag: str = "") -> None:
-        """The last words of a stage. flag: by which the next one is told of a folder other than the usual."""
-        usual = (type(config).out, config.TINY["out"])
-        told = f" {flag} {config.out}" * (bool(flag) and config.out not in usual)
-        self.print(f"done in {self.seconds():.0f} s: {self.folder}\n"
-                   f"next: {following}{told}{' --tiny' * config.tiny}")
+    def finish(self, following: str) -> None:
+        """The last words of a stage."""
+        self.print(f"done in {self.seconds():.0f} s: {self.folder}\nnext: {following}")
 
     def progress(self, items, description: str):
         return tqdm(items, desc=description, leave=False, disable=True if self.rank else None)
@@ -118,6 +114,19 @@ class Run:
                      for prompt, human, model in rows]
             (self.folder / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
             self.print("\n".join(texts[:2]))
+
+
+def passed_on(config, flag: str = "") -> str:
+    """What the next command has to be told: --tiny, and by `flag` a run folder other than the usual."""
+    usual = (type(config).out, config.TINY["out"])
+    return f" {flag} {config.out}" * (bool(flag) and config.out not in usual) + " --tiny" * config.tiny
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log, none where there is no file. A last one that was cut short, where the disk was full
+    or the power went, is left out.
+    """
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def set_up(config) -> Run:
@@ -287,20 +296,17 @@ class Log:
         self.run, self.path, self.header = run, run.folder / "metrics.jsonl", None
         self.interval: dict[str, list[float]] = {}
         if run.rank == 0:                      # resumed: forget what came after the checkpoint
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= start] if start else []
+            before = whole_lines(self.path) if start else []
+            kept = [line for line in before if json.loads(line)["step"] <= start]
             self.path.write_text("".join(f"{line}\n" for line in kept))
             run.seconds_before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        lines = self._lines() if start else []
+        lines = whole_lines(self.path) if start else []
         self.first, self.last = (json.loads(lines[i]) if lines else {} for i in (0, -1))
 
     def add(self, metrics: dict[str, float]) -> None:
         """Remember one step's figures: a line shows their mean over its interval."""
         for name, value in metrics.items():
             self.interval.setdefault(name, []).append(float(value))
-
-    def _lines(self) -> list[str]:
-        """Whole lines: the last may have been cut short, where the disk was full or the power went."""
-        return self.path.read_text().split("\n")[:-1] if self.path.exists() else []
 
     def line(self, step: int, **metrics: float) -> None:
         means = {name: sum(values) / len(values) for name, values in self.interval.items()}
@@ -318,7 +324,7 @@ class Log:
 
     def curves(self) -> None:
         """Draw every column against the step."""
-        rows = [json.loads(line) for line in self._lines()] if self.run.rank == 0 else []
+        rows = [json.loads(line) for line in whole_lines(self.path)] if self.run.rank == 0 else []
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds")))
         if not names:
             return

@@ -225,7 +225,7 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
 # ---- the report --------------------------------------------------------------------------------------------
 
 def last_metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return json.loads(common.whole_lines(folder / "metrics.jsonl")[-1])
 
 
 def collect_answers(study: Study, models: dict) -> tuple[dict[str, list], dict[str, list]]:

@@ -276,8 +276,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.print(f"done in {run.seconds():.0f} s: {run.folder}\n"
-              f'next: python generate.py --run {config.out} --prompt "def area(width, height):"')
+    run.finish(f'python generate.py --run {config.out} --prompt "def area(width, height):"')
     return log.last
 
 

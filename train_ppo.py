@@ -533,7 +533,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish(config, "python evaluate.py")
+    run.finish("python evaluate.py" + common.passed_on(config))
     return log.last
 
 

@@ -242,7 +242,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish(config, "python train_sft.py", "--init")
+    run.finish("python train_sft.py" + common.passed_on(config, "--init"))
     return log.last
 
 

@@ -252,7 +252,7 @@ def main(config: Config) -> dict[str, float]:
     log.curves()
     write_samples(config, run, loaded, model)
     print_sources(run, log.last)
-    run.finish(config, "python train_ppo.py", "--reward")
+    run.finish("python train_ppo.py" + common.passed_on(config, "--reward"))
     return log.last
 
 

@@ -211,7 +211,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish(config, "python train_rm.py", "--init")
+    run.finish("python train_rm.py" + common.passed_on(config, "--init"))
     return log.last
 
 

@@ -79,7 +79,7 @@ def test_a_structure_learns_the_same_on_both_devices(structure, layout, batch_of
 
 @families
 def test_a_family_learns_the_same_on_both_devices(name, batch_of):
-    """With biases, whose own gradients come out of the fused kernel, and any width of head."""
+    """With trained biases as tensors, other biases in the fused kernel, and any width of head."""
     network = randomised(small(name))
     for found, expected in zip(*on_both_devices(network, batch_of(network.config.structure, "packed"))):
         close(found, expected, 2e-4)

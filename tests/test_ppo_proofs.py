@@ -241,7 +241,6 @@ def test_dpo_reaches_the_closed_form(beta):
         assert distance(answer_logprobs(model.policy, 2), optimum) < 1e-4 < distance(reference, optimum)
 
 
-
 # ---- against TRL 1.12.0 ------------------------------------------------------------------------------------
 # goldens/make_ppo_goldens.py let TRL's own PPOTrainer.train() run and read its local variables: 16 answers of
 # 1 to 7 tokens that end early, at their last token, or not at all. TRL differs on purpose in two places, both

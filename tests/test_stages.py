@@ -193,9 +193,8 @@ def test_the_next_command_names_an_unusual_folder(flow, capsys):
     runs, stages, _ = flow
     _, config = stages[0]
     run = common.Run(Path(config.out), torch.device("cpu"), torch.float32)
-    run.finish(config, "python train_sft.py", "--init")
-    run.finish(train_pretrain.Config(), "python train_sft.py", "--init")
-    run.finish(train_pretrain.Config(tiny=True, out="runs/tiny/pretrain"), "python train_sft.py", "--init")
+    for told in (config, train_pretrain.Config(), train_pretrain.Config(tiny=True, out="runs/tiny/pretrain")):
+        run.finish("python train_sft.py" + common.passed_on(told, "--init"))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
     assert said == [f"next: python train_sft.py --init {config.out}", "next: python train_sft.py",
                     "next: python train_sft.py --tiny"]
