@@ -35,7 +35,7 @@ class Batch:
     """Named tensors of packed rows: what the model reads, where the loss counts. All (B, T), source* (B, S).
 
     A decoder's row is <bos> source target; an encoder-decoder has <bos> source in `source` and <bos> target
-    here (a published tokenizer may have other tokens there, see Tokenizer). The whole target is in the row,
+    here (a published tokenizer may have other tokens there: Tokenizer.frame). The whole target is in the row,
     its last token too (there the reward is read), although nothing follows it.
     """
     tokens: Tensor
@@ -98,20 +98,19 @@ def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
 def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer: Tokenizer) -> Batch:
     """Pack examples into as few rows as hold them. Targets include their end token, where they have one."""
     encdec = structure == "encdec"
-    begin, target_begin = tokenizer.begin, tokenizer.target_begin if encdec else []
-    closed = tokenizer.source_end if encdec else []
-    lengths = [(len(begin + source + closed), sum(len(target_begin + target) for target in targets),
+    begin, source_end, target_begin = tokenizer.frame(structure)
+    lengths = [(len(begin + source + source_end), sum(len(target_begin + target) for target in targets),
                 len(targets)) for source, targets, *_ in examples]
     packed = balanced_rows([(s, t) if encdec else (s + t,) for s, t, _ in lengths], row_length)
     decoder, encoder = _Rows(len(packed), tokenizer), _Rows(len(packed), tokenizer)
     for b, chosen in enumerate(packed):
         for i in chosen:
             source, targets, blanks = Example(*examples[i])[:3]
-            first = targets[0][0] if targets and targets[0] and not blanks else None
-            source = begin + source + closed
-            (encoder if encdec else decoder).add_source(b, i, source, follows=None if encdec else first)
+            adjoins = targets and targets[0] and not blanks and not target_begin
+            source = begin + source + ([] if blanks else source_end)         # blanks: it holds masks already
+            (encoder if encdec else decoder).add_source(b, i, source, targets[0][0] if adjoins else None)
             for k, target in enumerate(targets, start=1):
-                decoder.add_target(b, i, k, target, blanks, 0 if encdec else len(source) - 1, target_begin)
+                decoder.add_target(b, i, k, target, blanks, -1 if encdec else len(source) - 1, target_begin)
     columns = decoder.tensors()
     columns["positions"] = columns["positions_2d"].sum(0)
     if encdec:
@@ -144,20 +143,22 @@ class _Rows:
 
     def add_target(self, row: int, document: int, part: int, target: list[int], blanks: tuple, start: int,
                    begin: list[int]) -> None:
-        """start: the place of the last source token. begin: what a decoder of its own has in front.
+        """start: the place of the last source token in this row, -1 where there is none. begin: what the
+        target has in front.
 
         A target of blanks holds <sop> span <eop> for each. It reads no <eop> and predicts no <sop>; a span
         stands at the place of its mask (GLM, Du et al. 2022, section 2.1).
         """
         if blanks:
-            sop, eop = self.tokenizer.specials["<sop>"], self.tokenizer.specials["<eop>"]
+            sop, eop = self.tokenizer.special("<sop>"), self.tokenizer.special("<eop>")
             tokens, following = [t for t in target if t != eop], [t for t in target if t != sop]
-            first, span_of = len(self.tokenizer.begin), np.cumsum([token == sop for token in tokens]) - 1
+            first = len(self.tokenizer.frame("causal")[0])
+            span_of = np.cumsum([token == sop for token in tokens]) - 1
             place = [blanks[span] + first for span in span_of]
             block = [i - place.index(at) + 1 for i, at in enumerate(place)]
         else:
             tokens, place = begin + target, start
-            following, block = tokens[1:], range(not begin, (not begin) + len(tokens))
+            following, block = tokens[1:], range(1, 1 + len(tokens))
         n, counted, given = len(tokens), len(following), 0 if blanks else len(begin[1:])
         self.add(row, n, tokens=tokens, targets=following + [0] * (n - counted), place=place, block=block,
                  loss_mask=[False] * given + [True] * (counted - given) + [False] * (n - counted),
@@ -240,18 +241,15 @@ def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
     span_corruption:0.5:10 corrupts half of the tokens, in spans of 10 on average (Raffel et al. 2020, tables
     6 and 7); span_corruption alone is 0.15 and 3.
     """
-    o, specials, sentinels = objectives, tokenizer.specials, tokenizer.sentinels
+    o, sentinels = objectives, tokenizer.sentinels
     ends = tokenizer.sentence_ends()
     name, *rest = name.split(":")
     density, mean_span = density_and_span(name, rest)
 
     def special(word: str) -> int:
-        """A special token's id; published tokenizers write [MASK] and sop for <mask> and <sop>."""
-        bare = word.strip("<>")
-        found = [specials[w] for w in (word, f"[{bare.replace('mask', 'MASK')}]", bare) if w in specials]
-        if not found:
+        if (found := tokenizer.special(word)) is None:
             raise UserError(f"{name} wants a token {word}, which this tokenizer does not have")
-        return found[0]
+        return found
 
     def using(function: Callable, *words: str, **settings) -> Callable:
         """The objective with its special tokens: <mask> is its argument mask."""
@@ -334,7 +332,8 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     columns = [tokenizer.encode_all([getattr(record, name) for record in records]) for name in names]
     rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers], origin=record.origin)
             for record, prompt, *answers in zip(records, *columns)]
-    kept = [row for row in rows if 1 + len(row.source) + max(map(len, row.targets), default=1) <= context]
+    around = sum(map(len, tokenizer.frame("causal")))
+    kept = [row for row in rows if around + len(row.source) + max(map(len, row.targets), default=1) <= context]
     if len(kept) < len(rows):
         run.print(f"{len(rows) - len(kept):,} of {len(rows):,} {' + '.join(names)} have more than {context} "
                   "tokens and are dropped")
@@ -374,10 +373,10 @@ def answer_logprobs(logits_NV: Tensor, batch: Batch, examples: list[Example]) ->
     logprobs_N = objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask])
     empty_PK = logprobs_N.new_zeros(len(examples), max(len(example.targets) for example in examples))
     sums_PK = empty_PK.index_put((document_N, (part_N - 1).clamp(min=0)), logprobs_N, accumulate=True)
-    if batch.source is not None:
+    if not (part_N == 0).any():
         return sums_PK
-    # subtle: in a decoder the prompt's last token (part 0) predicts the first token of every answer, but
-    # batch.targets has room for that of the first answer alone; those of the others are looked up here
+    # subtle: where answers adjoin the prompt, its last token (part 0) predicts the first token of every one,
+    # but batch.targets has room for that of the first answer alone; those of the others are looked up here
     others = [(p, k, target[0]) for p, example in enumerate(examples)
               for k, target in enumerate(example.targets) if k > 0]
     p_M, k_M, token_M = torch.tensor(others, device=document_N.device).reshape(-1, 3).long().T

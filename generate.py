@@ -64,15 +64,18 @@ class Decoding:
 
     def __init__(self, model: LanguageModel, prompts: list[list[int]], max_new: int, tokenizer: Tokenizer):
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
-        closed = tokenizer.source_end if self.structure == "encdec" else []
-        prompts = [[*tokenizer.begin, *prompt, *closed] for prompt in prompts]
-        self.tokens, self.n_pad = left_padded(prompts, tokenizer.pad, device)
-        self.memory, self.cross, self.two_positions = None, None, model.config.positions == "rope2d"
+        begin, source_end, target_begin = tokenizer.frame(self.structure)
+        sources = [[*begin, *prompt, *source_end] for prompt in prompts]
+        self.tokens, self.n_pad = left_padded(sources, tokenizer.pad, device)
+        self.memory, self.cross = None, None
+        opened = torch.tensor(target_begin, dtype=torch.long, device=device).repeat(len(prompts), 1)
         if self.structure == "encdec":
             self.encode()
-            self.tokens = torch.tensor(tokenizer.target_begin, device=device).repeat(len(prompts), 1)
-            self.n_pad = torch.zeros_like(self.n_pad)
+            self.tokens, self.n_pad = opened, torch.zeros_like(self.n_pad)
+        else:
+            self.tokens = torch.cat((self.tokens, opened), dim=1)
         B, P = self.tokens.shape
+        self.first_of_answer = P - len(target_begin)               # the slots before it hold the source
         if 0 < model.config.max_positions < P + max_new - 1:
             raise UserError(f"the model has {model.config.max_positions} positions; a prompt of {P} tokens "
                             f"and an answer of {max_new} need {P + max_new - 1}")
@@ -101,21 +104,16 @@ class Decoding:
         """Logits (B, V) after the prompt."""
         document, positions = self.documents()
         B, T = self.tokens.shape
-        prompt = SimpleNamespace(document=document, part=torch.zeros_like(document), source_document=document)
+        part = (self.slots[:T] >= self.first_of_answer).long().expand(B, T)
+        prompt = SimpleNamespace(document=document, part=part, source_document=document)
         allowed = masks.predicates(self.structure, prompt).attention
-        if self.two_positions:
-            positions = torch.stack((positions, torch.zeros_like(positions)))
         return self.logits(self.tokens, positions, masks.dense(allowed, B, T, T, self.tokens.device))
 
     def read(self, new_B: Tensor) -> Tensor:
         """Logits (B, V) after one more token per row."""
         at = self.cache.length
         allowed = (self.slots[:at + 1] >= self.n_pad[:, None])[:, None, None, :]
-        positions = (at - self.n_pad)[:, None]
-        if self.two_positions:                     # the prompt's last place, and the place in the answer
-            in_answer = torch.full_like(positions, at + 1 - self.tokens.shape[1])
-            positions = torch.stack((positions - in_answer, in_answer))
-        return self.logits(new_B[:, None], positions, allowed)
+        return self.logits(new_B[:, None], (at - self.n_pad)[:, None], allowed)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone; one that is named several times is continued as often."""
@@ -125,6 +123,10 @@ class Decoding:
             self.memory, self.cross = self.memory[rows], self.cross[rows]
 
     def logits(self, tokens_BT: Tensor, positions: Tensor, mask) -> Tensor:
+        if self.model.config.positions == "rope2d":     # the source's last place, and the place in the answer
+            at, T = self.cache.length, tokens_BT.shape[1]
+            in_answer = (self.slots[at:at + T] - self.first_of_answer + 1).clamp(min=0).expand_as(positions)
+            positions = torch.stack((positions - in_answer, in_answer))
         cross = (self.memory, self.cross) if self.structure == "encdec" else ()
         hidden_BTD = self.model.decode(tokens_BT, positions, mask, *cross, cache=self.cache)
         return self.model.logits(hidden_BTD[:, -1])
@@ -193,7 +195,9 @@ def answers_to_show(model: LanguageModel, examples: list, tokenizer: Tokenizer, 
     """
     prompts = [example.source for example in examples]
     in_one_row = model.config.structure != "encdec"
-    before = len(tokenizer.begin) + max(map(len, prompts)) if in_one_row else len(tokenizer.target_begin)
+    begin, source_end, target_begin = tokenizer.frame(model.config.structure)
+    source = len(begin + source_end) + max(map(len, prompts)) if in_one_row else 0
+    before = source + len(target_begin)
     room = model.config.max_positions + 1 - before if model.config.max_positions else 48
     wanted = {token for example in examples for target in example.targets for token in target}
     generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)

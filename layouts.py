@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errors import UserError
 from model import ModelConfig
-from presets import BAICHUAN, BART, CHATGLM2, FALCON, FLAN_T5, GPT2, LLAMA, T5, sizes
+from presets import BAICHUAN, BART, CHATGLM, CHATGLM2, FALCON, FLAN_T5, GPT2, LLAMA, T5, sizes
 
 # ---- config.json -> ModelConfig ----------------------------------------------------------------------------
 # `c` is the parsed config.json. What it leaves out has the default of the published code.
@@ -81,9 +81,16 @@ def read_falcon(c: dict) -> ModelConfig:
                  block="parallel_two_norms" if two_norms else "parallel", **rope(c))
 
 
+def read_chatglm(c: dict) -> ModelConfig:
+    """ChatGLM-6B. Its first release had image tokens in the vocabulary, and says nothing of [gMASK]."""
+    only(c, position_encoding_2d=True, pre_seq_len=None, quantization_bit=0, tie_word_embeddings=True)
+    if "gmask_token_id" not in c:
+        raise UserError("config.json has no gmask_token_id: this is ChatGLM-6B's first release; take a later")
+    return sized(CHATGLM, c["num_layers"], c["hidden_size"], c["num_attention_heads"], vocab=c["vocab_size"],
+                 ffn_width=c["inner_hidden_size"], norm_eps=c.get("layernorm_epsilon", 1e-5))
+
+
 def read_chatglm2(c: dict) -> ModelConfig:
-    if c.get("position_encoding_2d"):
-        raise UserError("config.json has position_encoding_2d: ChatGLM-6B is a preset without a loader")
     only(c, rmsnorm=True, add_bias_linear=False, post_layer_norm=True,
          apply_residual_connection_post_layernorm=False, rope_ratio=1, tie_word_embeddings=False)
     heads = c["num_attention_heads"]
@@ -179,6 +186,14 @@ def names_falcon(config: ModelConfig) -> dict[str, str]:
                      ffn__out="mlp.dense_4h_to_h")}
 
 
+def names_chatglm(config: ModelConfig) -> dict[str, str]:
+    return {"embedding": "word_embeddings", "unembedding": "lm_head", "decoder.norm": "final_layernorm",
+            **layers("decoder", "layers", attention_norm="input_layernorm",
+                     attention__qkv="attention.query_key_value", attention__out="attention.dense",
+                     ffn_norm="post_attention_layernorm", ffn__inner="mlp.dense_h_to_4h",
+                     ffn__out="mlp.dense_4h_to_h")}
+
+
 def names_chatglm2(config: ModelConfig) -> dict[str, str]:
     return {"embedding": "embedding.word_embeddings", "unembedding": "output_layer",
             "decoder.norm": "encoder.final_layernorm",
@@ -226,9 +241,9 @@ def transposed(name: str, x: Tensor, config: ModelConfig) -> Tensor:
 
 def ungrouped(name: str, x: Tensor, config: ModelConfig) -> Tensor:
     """Falcon has the query heads of a group, its key and its value side by side; we have all queries, all
-    keys, all values. With a single group, as in 7B, that is the same.
+    keys, all values. With a single group, as in 7B, that is the same. In ChatGLM-6B each head is a group.
     """
-    if not name.endswith("query_key_value.weight"):
+    if "query_key_value" not in name:
         return x
     rows = torch.arange(len(x)).view(config.kv_heads, -1, config.head_width)
     return x[torch.cat([part.flatten() for part in (rows[:, :-2], rows[:, -2], rows[:, -1])])]
@@ -258,6 +273,7 @@ LAYOUTS = {
                     write_config=write_llama),
     "baichuan": Layout(read_baichuan, names_baichuan, ROTARY),
     "falcon": Layout(read_falcon, names_falcon, {**TIED, **ROTARY}, "transformer.", ungrouped),
+    "chatglm": Layout(read_chatglm, names_chatglm, {**TIED, **ROTARY}, "transformer.", ungrouped),
     "chatglm2": Layout(read_chatglm2, names_chatglm2, ROTARY, "transformer."),
     "t5": Layout(read_t5, names_t5, {**COPIES, **CROSS_TABLE}, write_config=write_t5),
     "bart": Layout(read_bart, names_bart, {**COPIES, "final_logits_bias": "zeros",
@@ -271,7 +287,8 @@ def read_config(c: dict) -> tuple[Layout, ModelConfig]:
     kind = c.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(f"config.json has model_type {kind!r}; known are {', '.join(MODEL_TYPES)}")
-    layout = LAYOUTS[MODEL_TYPES[kind]]
+    first = kind == "chatglm" and "position_encoding_2d" in c       # ChatGLM2 has the same model_type
+    layout = LAYOUTS["chatglm" if first else MODEL_TYPES[kind]]
     try:
         config = layout.read_config(c)
     except KeyError as error:

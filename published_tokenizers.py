@@ -193,9 +193,15 @@ def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]
         begin = [bos] if bos in names else []
         target = [start] + [token for token in begin if token != start]
         return {"pad": pad, "end": end, "begin": begin, "source_end": [end], "target_begin": target}, chosen
-    begin = [bos]
-    if "[gMASK]" in specials:                  # ChatGLM2 begins with two tokens
+    begin, source_end, target = [bos], [], []
+    if gmask := c.get("gmask_token_id"):       # ChatGLM-6B: source [gMASK] <sop> target, a blank at the end
+        if gmask not in names or bos not in names:
+            raise UserError(f"config.json's gmask_token_id {gmask} and bos_token_id {bos} must be special "
+                            "tokens of the tokenizer")
+        begin, source_end, target = [], [gmask], [bos]
+    elif "[gMASK]" in specials:                # ChatGLM2: [gMASK] sop source target
         begin = [specials["[gMASK]"], specials["sop"]]
     elif bos not in names:
         begin, chosen = [end], chosen + f"; no beginning token, texts begin with {names[end]}"
-    return {"pad": pad, "end": end, "begin": begin, "source_end": [], "target_begin": begin}, chosen
+    settings = {"pad": pad, "end": end, "begin": begin, "source_end": source_end, "target_begin": target}
+    return settings, chosen

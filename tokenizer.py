@@ -108,16 +108,15 @@ def own_settings(ranks: dict[bytes, int]) -> dict:
     """What Tokenizer is told about a vocabulary trained here: special tokens follow the ranks."""
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return {"pattern": PATTERN, "specials": specials, "pad": specials["<pad>"], "end": specials["<end>"],
-            "begin": [specials["<bos>"]], "source_end": [], "target_begin": [specials["<bos>"]],
+            "begin": [specials["<bos>"]], "source_end": [], "target_begin": [],
             "sentinels": [specials[f"<extra_{i}>"] for i in range(100)]}
 
 
 class Tokenizer:
     """An encoding and the ids of the special tokens. Text that looks like a special token is ordinary text.
 
-    A row of a decoder, or of an encoder, opens with `begin`; an encoder's closes with `source_end`; the
-    decoder of an encoder-decoder opens with `target_begin`. Here that is <bos>, nothing, <bos>. Published
-    tokenizers have other settings (published_tokenizers.py).
+    What stands around a source and before a target says `frame`. Published tokenizers have other settings
+    for it than ours (published_tokenizers.py).
     """
 
     def __init__(self, ranks: dict[bytes, int], settings: dict | None = None):
@@ -141,6 +140,20 @@ class Tokenizer:
         for token in self.specials.values():
             self.text.pop(token, None)
         self.vocab = 1 + max(*self.text, *self.specials.values())
+
+    def frame(self, structure: str) -> tuple[list[int], list[int], list[int]]:
+        """(before a source, after it, before a target). Ours: <bos> source target in the row of a decoder,
+        and another <bos> where a target has a decoder of its own.
+        """
+        opened = self.target_begin or [self.bos] * (structure == "encdec")
+        return self.begin, self.source_end, opened
+
+    def special(self, word: str) -> int | None:
+        """A special token's id; published tokenizers write [MASK] and sop for <mask> and <sop>."""
+        bare = word.strip("<>")
+        found = [self.specials[w] for w in (word, f"[{bare.replace('mask', 'MASK')}]", bare)
+                 if w in self.specials]
+        return found[0] if found else None
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)

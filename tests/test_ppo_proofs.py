@@ -38,7 +38,8 @@ NO_END = 0.2                              # taken off where an answer does not e
 # all four tokens may be drawn: <end> also stands for <bos> and <pad>, as in GPT-2
 def tokens_of(bos: int, end: int, pad: int, **more) -> SimpleNamespace:
     """What layout and sampling ask of a tokenizer."""
-    return SimpleNamespace(bos=bos, end=end, pad=pad, begin=[bos], source_end=[], target_begin=[bos], **more)
+    frame = lambda structure: ([bos], [], [bos] * (structure == "encdec"))
+    return SimpleNamespace(bos=bos, end=end, pad=pad, frame=frame, **more)
 
 
 TOKENIZER = tokens_of(END, END, END, specials={"<end>": END}, text=dict.fromkeys(range(4), b"."), decode=str)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,7 +188,7 @@ def test_a_prefix_may_stand_before_all_names():
     ("llama", {"hidden_size": None}, "no 'hidden_size'"),
     ("baichuan_7b", {"z_loss_weight": 0}, "Baichuan 2"),
     ("falcon_7b", {"alibi": True}, "alibi True"), ("falcon_7b", {"multi_query": False}, "multi_query False"),
-    ("chatglm2", {"position_encoding_2d": True}, "position_encoding_2d"),
+    ("chatglm2", {"rmsnorm": False}, "rmsnorm False"),
     ("t5", {"num_decoder_layers": 3}, "num_decoder_layers 3"),
     ("bart", {"scale_embedding": True}, "scale_embedding True")])
 def test_configurations_that_are_not_built_here_are_refused(name, change, sentence):
@@ -209,6 +210,9 @@ PUBLISHED_CONFIGS = {
                       multi_query=True, parallel_attn=True),
     "falcon-40b": dict(model_type="RefinedWeb", vocab_size=65024, n_layer=60, hidden_size=8192, n_head=128,
                        n_head_kv=8),
+    "chatglm-6b": dict(model_type="chatglm", vocab_size=130528, num_layers=28, hidden_size=4096,
+                       num_attention_heads=32, inner_hidden_size=16384, position_encoding_2d=True,
+                       gmask_token_id=130001),
     "chatglm2-6b": dict(model_type="chatglm", padded_vocab_size=65024, num_layers=28, hidden_size=4096,
                         num_attention_heads=32, multi_query_attention=True, multi_query_group_num=2,
                         kv_channels=128, ffn_hidden_size=13696, add_qkv_bias=True),
@@ -225,6 +229,70 @@ PUBLISHED_CONFIGS = {
 def test_a_published_configuration_is_our_preset(name):
     """Two independent sources of the same sizes and variants."""
     assert layouts.read_config(PUBLISHED_CONFIGS[name])[1] == networks.preset(name)
+
+
+def test_chatglm_keeps_query_key_and_value_of_each_head_together():
+    """Its published names, from a network of ours by loops over layers and heads."""
+    layout, config = layouts.read_config(CHATGLM)
+    ours = networks.build(config).state_dict()
+    ours = {key: torch.randn(x.shape) for key, x in ours.items()}
+    H, K, published = 4, 8, {"transformer.layers.0.attention.rotary_emb.inv_freq": torch.ones(2)}
+    at = {"embedding": "word_embeddings", "decoder.norm": "final_layernorm"}
+    for i in range(2):
+        own, their = f"decoder.blocks.{i}", f"layers.{i}"
+        at |= {f"{own}.attention_norm": f"{their}.input_layernorm", f"{own}.attention.out": f"{their}.attention.dense",
+               f"{own}.ffn_norm": f"{their}.post_attention_layernorm",
+               f"{own}.ffn.inner": f"{their}.mlp.dense_h_to_4h", f"{own}.ffn.out": f"{their}.mlp.dense_4h_to_h"}
+        for kind in ("weight", "bias"):
+            x, rows = ours[f"{own}.attention.qkv.{kind}"], []
+            for head in range(H):
+                for number in (head, H + head, 2 * H + head):                        # its query, key, value
+                    rows += list(x[number * K:(number + 1) * K])
+            published[f"transformer.{their}.attention.query_key_value.{kind}"] = torch.stack(rows)
+    for own, their in at.items():
+        for kind in ("weight", "bias")[:1 + (own != "embedding")]:
+            published[f"transformer.{their}.{kind}"] = ours[f"{own}.{kind}"]
+    published["lm_head.weight"] = ours["embedding.weight"]
+    read = weights.to_ours(published, layout, config)
+    assert read.keys() == ours.keys() and all(torch.equal(read[key], ours[key]) for key in ours)
+
+
+def test_chatglms_rows_are_source_gmask_sop_target(tmp_path):
+    """Tokens, places, mask and counted tokens as its own code has them: the place stays that of [gMASK], <sop> is
+    seen by what follows it alone, and two answers to a prompt each have one of their own.
+    """
+    put_tokenizer(tmp_path, "gpt2")
+    c = CHATGLM | ROLES["gpt2"][1]
+    tokenizer = Tokenizer(*published_tokenizers.published(tmp_path, c, "prefix")[:2])
+    sop, gmask, end, row = 0, 1, 3, [[50, 51, 52], [[60, 61, 3], [70, 3]]]
+    batch = data.lay_out([row], "prefix", 1, tokenizer)
+    assert batch.tokens.tolist() == [[50, 51, 52, gmask, sop, 60, 61, end, sop, 70, end]]
+    assert batch.positions_2d.tolist() == [[[0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3]], [[0, 0, 0, 0, 1, 2, 3, 4, 1, 2, 3]]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0]]
+    assert batch.targets[batch.loss_mask].tolist() == [60, 61, end, 70, end]
+    seen = masks.dense(masks.predicates("prefix", batch).attention, 1, 11, 11)[0, 0].int().tolist()
+    assert seen[:4] == [[1, 1, 1, 1] + 7 * [0]] * 4 and seen[4] == [1, 1, 1, 1, 1] + 6 * [0]
+    assert seen[8] == [1, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0]
+    tokenizer.specials = {"<sop>": sop, "[gMASK]": gmask, "<pad>": 2, "<eop>": end}       # as they are named there
+    objective = data.objective_of("glm_document", tokenizer, 9)
+    text = data.lay_out([objective(list(range(50, 58)), np.random.default_rng(0))], "prefix", 1, tokenizer)
+    n = text.tokens[0].tolist().index(gmask)
+    assert text.tokens.tolist() == [[*range(50, 50 + n), gmask, sop, *range(50 + n, 58)]]     # one [gMASK], not two
+    assert text.targets[text.loss_mask].tolist() == [*range(50 + n, 58), end]
+
+
+def test_chatglm_decodes_with_the_cache_as_without(tmp_path):
+    """Prompts of unequal length in one batch, greedy; the rows that training would lay out give the same tokens."""
+    command(f"import {put_checkpoint(tmp_path / 'published', 'chatglm')} {tmp_path / 'run'}")
+    tokenizer = checkpoint.load_tokenizer(tmp_path / "run", "")
+    model = checkpoint.load_language_model(tmp_path / "run")
+    prompts = [[50, 51, 52], [80], [90, 91, 92, 93, 94]]
+    answers = generate.generate(model, prompts, tokenizer, 6, temperature=0.0)
+    for prompt, answer in zip(prompts, answers):
+        batch = data.lay_out([data.Example(prompt, [answer])], "prefix", 1, tokenizer)
+        with torch.no_grad():
+            logits = model(batch, masks.of_batch("prefix", batch), batch.loss_mask)
+        assert generate.drawn_from(logits, tokenizer, 1.0).argmax(-1).tolist() == answer
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -438,8 +506,8 @@ def test_rows_open_and_close_as_the_published_model_was_trained(tmp_path, monkey
         (tmp_path / kind).mkdir()
         made = tokenizer_of(tmp_path / kind, kind)
         rows[kind] = (made.pad, made.begin, made.source_end, made.target_begin, made.end)
-    assert rows == {"gpt2": (3, [3], [], [3], 3), "split": (3, [3], [], [3], 3),
-                    "falcon": (1, [0], [], [0], 2), "llama": (2, [1], [], [1], 2),
+    assert rows == {"gpt2": (3, [3], [], [], 3), "split": (3, [3], [], [], 3),
+                    "falcon": (1, [0], [], [], 2), "llama": (2, [1], [], [], 2),
                     "bart": (1, [0], [2], [2, 0], 2), "t5": (0, [], [1], [0], 1)}
     told = published_tokenizers.published(tmp_path / "gpt2", {"eos_token_id": 3}, "causal")[2]
     assert "no padding token, <|end|> fills rows" in told and "texts begin with <|end|>" in told
@@ -481,9 +549,15 @@ def test_packed_rows_of_an_imported_encoder_decoder(tmp_path):
 
 # ---- import and export -------------------------------------------------------------------------------------
 
+# there is no golden of ChatGLM-6B: its code comes with its weights, and no other network has its block
+CHATGLM = dict(model_type="chatglm", position_encoding_2d=True, vocab_size=400, num_layers=2, hidden_size=32,
+               num_attention_heads=4, inner_hidden_size=48, bos_token_id=0, gmask_token_id=1, pad_token_id=2)
+
+
 def put_checkpoint(folder: Path, name: str, kind: str = "gpt2", **changes) -> Path:
     """A published folder: the golden's sizes, more tokens than the tokenizer has, random weights."""
-    c = golden(name)[1] | {"vocab_size": 400, **ROLES[kind][1], **changes}
+    c = CHATGLM if name == "chatglm" else golden(name)[1]
+    c = c | {"vocab_size": 400, **ROLES[kind][1], **changes}
     c |= {key: 99 for key in ("n_positions", "max_position_embeddings") if key in c}
     layout, config = layouts.read_config(c)
     parts = [part for of in weights.plan(layout, config).values() for part in of]
@@ -505,7 +579,9 @@ def command(text: str) -> None:
     ("gpt2", {"n_embd": 24.0}, "makes width 24.0"), ("gpt2", {"n_head": None}, "wrong value"),
     ("gpt2", {"vocab_size": [1]}, "wrong value"), ("gpt2", {"model_type": ["gpt2"]}, "has model_type"),
     ("llama", {"rope_parameters": [1]}, "wrong value"), ("llama", {"rope_theta": "x"}, "wrong value"),
-    ("chatglm2", {"position_encoding_2d": True}, "ChatGLM-6B is a preset")])
+    ("chatglm2", {"position_encoding_2d": True}, "no gmask_token_id: this is ChatGLM-6B's first release"),
+    ("chatglm2", {"position_encoding_2d": True, "gmask_token_id": 7, "quantization_bit": 4},
+     "quantization_bit 4")])
 def test_a_faulty_config_is_one_sentence(name, change, sentence):
     with pytest.raises(UserError, match=sentence):
         layouts.read_config(golden(name)[1] | change)
@@ -538,7 +614,8 @@ def test_import_and_export_give_the_same_file(name, layout, kind, tmp_path):
     assert before.specials == after.specials
 
 
-@pytest.mark.parametrize("name, kind", [("gpt2", "gpt2"), ("llama", "split"), ("bart", "bart"), ("t5", "bart")])
+@pytest.mark.parametrize("name, kind", [("gpt2", "gpt2"), ("llama", "split"), ("bart", "bart"), ("t5", "bart"),
+                                        ("chatglm", "gpt2")])
 def test_every_later_stage_goes_on_from_an_imported_run(name, kind, no_curves, tmp_path, monkeypatch):
     """generate.py, SFT, reward model, PPO; the padded part of the vocabulary is never drawn, and a sequence longer
     than the learned positions is refused before anything is written.
@@ -567,7 +644,7 @@ def test_every_later_stage_goes_on_from_an_imported_run(name, kind, no_curves, t
         assert checkpoint.load_model(run).config == checkpoint.load_model("runs/imported").config
         assert vars(checkpoint.load_tokenizer(run, "")).keys() == vars(published).keys()
         assert checkpoint.load_tokenizer(run, "").settings == published.settings
-    if name != "bart":
+    if name in ("gpt2", "llama", "t5"):
         command(f"export runs/ppo out --layout {name}")
         assert weights.read_folder(Path("out")).keys() == weights.read_folder(Path("published")).keys()
 
