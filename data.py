@@ -15,6 +15,7 @@ import common
 import objectives
 from corpus import Record
 from errors import UserError
+from model import few_sizes
 from tokenizer import PATTERN, SPECIALS, Tokenizer, train_bpe
 
 # ---- layout: examples -> Batch -----------------------------------------------------------------------------
@@ -80,8 +81,8 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     sizes = np.array(sizes)
     wanted = max(1, round((sizes.sum(0) / row_length).max()))
     tries = {min(len(sizes), n) for n in range(-(-3 * wanted // 4), 5 * wanted // 4 + 2)}
-    return min((_spread(sizes, n) for n in sorted(tries)),
-               key=lambda rows: len(rows) * np.max([sizes[row].sum(0) for row in rows], axis=0).sum())
+    return min((_spread(sizes, n) for n in sorted(tries)), key=lambda rows: len(rows) * sum(
+        few_sizes(int(n)) for n in np.max([sizes[row].sum(0) for row in rows], axis=0)))
 
 
 def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
@@ -167,7 +168,7 @@ class _Rows:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every column (B, T), padded on the right; place and block as positions_2d (2, B, T)."""
-        shape = (len(self.ends), max(self.ends))
+        shape = (len(self.ends), few_sizes(max(self.ends)))
         arrays = {name: np.full(shape, value) for name, value in self.filler.items()}
         for row, where, columns in self.pieces:
             for name, value in columns.items():

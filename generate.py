@@ -214,7 +214,7 @@ def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]
     mine = {}
     for i in run.progress(run.mine(list(range(len(parts)))), "sampling answers"):
         generator = torch.Generator(run.device).manual_seed(1_000_003 * seed + i)
-        with run.autocast():
+        with run.autocast(sampling=True):
             mine[i] = generate(model, parts[i], tokenizer, max_new, temperature, generator=generator)
     answers = run.gather(mine)
     return [answer for i in range(len(parts)) for answer in answers[i]]

@@ -84,6 +84,14 @@ def bf16_on_a_cpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Ten
     return torch.softmax(scores_BHTS, dim=-1) @ v_BHSK
 
 
+def few_sizes(n: int) -> int:
+    """n rounded up to six binary digits: at most a thirty-second more. A CPU's kernels for bf16 (oneDNN) are
+    made anew for every size, which takes several times as long as a product of it: few sizes need few.
+    """
+    unit = 2 ** max(0, n.bit_length() - 6)
+    return -(-n // unit) * unit
+
+
 def flex(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float | None = None) -> Tensor:
     """FlexAttention: a fused kernel generated for the predicate and the bias; uncompiled on a CPU, where it
     serves the tests. It takes no heads narrower than 16: zeros fill them up, and add nothing to a score.
@@ -329,7 +337,10 @@ class LanguageModel(nn.Module):
 
         Nothing else of the logits is ever needed, and they are a third of the work at the default sizes.
         """
-        return self.logits(self.hidden(batch, masks)[where_BT])
+        hidden_ND = self.hidden(batch, masks)[where_BT]
+        n, on_cpu = len(hidden_ND), hidden_ND.device.type == "cpu"
+        padding = few_sizes(n) - n if on_cpu and torch.is_autocast_enabled("cpu") else 0
+        return self.logits(F.pad(hidden_ND, (0, 0, 0, padding)))[:n]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The tokens' vectors, and a share a = embedding_gradient of their gradient: what kept GLM-130B from
@@ -449,7 +460,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch, masks: Masks, where_BT: Tensor) -> Tensor:
         """Scores (N,), fp32, at the N positions where `where` is True, row by row."""
-        raw_N = self.head(self.trunk.hidden(batch, masks)[where_BT]).squeeze(-1).float()
+        raw_N = self.head(self.trunk.hidden(batch, masks)).squeeze(-1)[where_BT].float()
         return (raw_N - self.mean) / self.std
 
 

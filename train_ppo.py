@@ -288,7 +288,7 @@ def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: 
     """The policy's own answers. The draws are a function of seed, step and rank."""
     generator = torch.Generator(run.device).manual_seed((config.seed * 100_003 + step) * 1_009 + run.rank)
     policy = common.unwrap(model.policy)
-    with run.autocast():
+    with run.autocast(sampling=True):
         return generate(policy, prompts, loaded.tokenizer, config.max_new, config.temperature,
                         generator=generator)
 
