@@ -42,8 +42,8 @@ class Run:
         return self.seconds_before + time.time() - self.started
 
     def autocast(self, sampling: bool = False):
-        """Products in bf16 where that is faster; weights, norms and losses stay fp32. When answers are sampled
-        on a CPU it is not: then every token's small products read the whole cache.
+        """Products in bf16 where that is faster; weights, norms and losses stay fp32. For sampling on a CPU
+        it is not: every token's small products read the whole cache.
         """
         enabled = self.dtype != torch.float32 and not (sampling and self.device.type == "cpu")
         return torch.autocast(self.device.type, self.dtype) if enabled else contextlib.nullcontext()

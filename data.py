@@ -334,7 +334,8 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers], origin=record.origin)
             for record, prompt, *answers in zip(records, *columns)]
     around = sum(map(len, tokenizer.frame("causal")))
-    kept = [row for row in rows if around + len(row.source) + max(map(len, row.targets), default=1) <= context]
+    kept = [row for row in rows
+            if around + len(row.source) + max(map(len, row.targets), default=1) <= context]
     if len(kept) < len(rows):
         run.print(f"{len(rows) - len(kept):,} of {len(rows):,} {' + '.join(names)} have more than {context} "
                   "tokens and are dropped")

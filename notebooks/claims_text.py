@@ -26,25 +26,63 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
               "causal, prefix LM, source half counted": dict(structure="causal", objective="prefix_lm",
                                                              source_weight=0.5),
               "prefix, prefix LM": dict(structure="prefix", objective="prefix_lm"),
-              "encoder-decoder, 1.65 times the parameters": dict(structure="encdec", objective="prefix_lm"),
-              "encoder-decoder, 1.22 times the parameters": dict(structure="encdec", objective="prefix_lm",
-                                                               layers=1, width=160)}
+              "encoder-decoder, as many layers in each stack": dict(structure="encdec", objective="prefix_lm"),
+              "encoder-decoder, 1.03 times the parameters": dict(structure="encdec", objective="prefix_lm",
+                                                               layers=1, width=144)}
+BEGINNING, ENDS = 32, (16, 64, 128, 256)             # tokens that are continued, and how far
 
 
 def structures(flow: Flow) -> list[dict]:
     """One budget of tokens, three structures: loss on texts and on summaries, speed, long continuations."""
-    rows = []
+    rows, ends = [], ENDS[:1] if flow.config.tiny else ENDS
     for k, (name, settings) in enumerate(STRUCTURES.items()):
-        steps = flow.steps(train_pretrain, 0.2)
-        pretrain = flow.train(train_pretrain, f"structure_{k}", **settings, **steps, eval_every=0)
+        steps, context = flow.steps(train_pretrain, 0.2), BEGINNING + ends[-1] + 1
+        pretrain = flow.train(train_pretrain, f"structure_{k}", **settings, **steps, context=context,
+                              row=context, eval_every=0, save_every=max(1, steps["steps"] // 4), keep=5)
         sft = flow.sft(f"structure_{k}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.15))
         model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
-        row = {"row": name, "parameters": model_file.parameter_count(model),
-               "counted_per_step": line["counted"], "seconds": line["seconds"],
-               "loss_summary": metrics_of(sft)[-1]["loss"], **summaries(flow, sft),
-               **continuations(flow, pretrain, model)}
-        rows.append(row)
+        rows.append({"row": name, "parameters": model_file.parameter_count(model),
+                     "counted_per_step": line["counted"],
+                     "ms_per_token_trained": ms_per_trained_token(pretrain),
+                     "loss_summary": metrics_of(sft)[-1]["loss"], **summaries(flow, sft),
+                     **continuations(flow, pretrain, model, ends), "curve": curve(pretrain, context)})
     return rows
+
+
+def nats_of(model, examples: list[data.Example], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats, place in its target) of every target token (N,), for a model of any structure and objective."""
+    structure, nats, place = model.config.structure, [], []
+    for start in range(0, len(examples), 32):
+        batch = data.lay_out(examples[start:start + 32], structure, 320, tokenizer)
+        logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
+        nats.append(-objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask]))
+        # an encoder-decoder predicts the first target token at its own <bos>, a decoder at the source's end
+        place.append(batch.positions_2d[1][batch.loss_mask] - int(structure == "encdec"))
+    return torch.cat(nats), torch.cat(place)
+
+
+@torch.no_grad()
+def curve(folder: str, context: int) -> list[list[float]]:
+    """[tokens read in training, nats per token of the same ends of held-out texts] at every checkpoint."""
+    config, _, loaded = data_of(train_pretrain, folder, objective="prefix_lm", eval_size=300)
+    losses = [(step, nats_of(checkpoint.load_model(folder, step=step), loaded.held_out, loaded.tokenizer)[0])
+              for step in checkpoint.steps_of(folder)]
+    return [[step * config.batch_size * context, round(float(nats.mean()), 4)] for step, nats in losses]
+
+
+def ms_per_trained_token(folder: str) -> float:
+    """Of whole training steps on one thread: the best of four times through the same six, since another run
+    may be at work beside this one.
+    """
+    config, run, loaded = data_of(train_pretrain, folder)
+    model = checkpoint.load_model(folder)
+    optimizer, seconds = train_pretrain.build_optimizer(config, model), []
+    for _ in range(4):
+        begun = time.perf_counter()
+        for step in range(6):
+            train_pretrain.train_step(config, run, loaded, model, optimizer, step)
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * min(seconds) / (6 * config.batch_size * config.context)
 
 
 def summaries(flow: Flow, sft: str) -> dict[str, float]:
@@ -68,31 +106,28 @@ def judge_of(flow: Flow) -> labeller.Labeller:
 
 
 @torch.no_grad()
-def continuations(flow: Flow, folder: str, model) -> dict[str, float]:
+def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict[str, float]:
     """Held-out texts cut after 32 tokens: nats per token of what follows, near and far; the share of repeated
-    word pairs in sampled continuations; seconds per generated token.
+    word pairs in sampled continuations; milliseconds per generated token, the best of three times.
     """
-    context = 64 if flow.config.tiny else 160
-    _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=2000)
-    texts = [text for example in loaded.held_out for text in example.targets if len(text) >= context][:100]
-    examples = [data.Example(text[:32], [text[32:context]]) for text in texts]
-    structure, nats, place = model.config.structure, [], []
-    for start in range(0, len(examples), 32):
-        batch = data.lay_out(examples[start:start + 32], structure, context + 2, loaded.tokenizer)
-        logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
-        nats.append(-objectives.token_logprobs(logits_NV, batch.targets[batch.loss_mask]))
-        place.append(batch.positions_2d[1][batch.loss_mask])
-    nats, place = torch.cat(nats), torch.cat(place)
+    _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=10_000)
+    whole = BEGINNING + ends[-1]
+    long = [text for example in loaded.held_out for text in example.targets if len(text) >= whole]
+    examples = [data.Example(text[:BEGINNING], [text[BEGINNING:whole]]) for text in long[:100]]
+    nats, place = nats_of(model, examples, loaded.tokenizer)
     found = {f"loss_{low}_{high}": float(nats[(place >= low) & (place < high)].mean())
-             for low, high in ((0, 16), (16, 64), (64, 128)) if high <= context}
-    begun = time.perf_counter()
-    written = generate(model, [example.source for example in examples[:50]], loaded.tokenizer, context - 32,
-                       generator=torch.Generator().manual_seed(flow.seed))
-    seconds = time.perf_counter() - begun
+             for low, high in zip((0, *ends), ends)}
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        written = generate(model, [example.source for example in examples[:50]], loaded.tokenizer, ends[-1],
+                           generator=torch.Generator().manual_seed(flow.seed))
+        seconds.append(time.perf_counter() - begun)
     lines = [loaded.tokenizer.decode(answer) for answer in written]
     pairs = [evaluate.distinct([line]) for line in lines if len(line.split()) > 3]
-    return {**found, "repeated_pairs": 1 - float(np.mean(pairs)),
-            "ms_per_generated_token": 1000 * seconds / max(1, sum(map(len, written)))}
+    return {**found, "texts": len(examples), "written": float(np.mean([len(answer) for answer in written])),
+            "repeated_pairs": 1 - float(np.mean(pairs)) if pairs else None,
+            "ms_per_generated_token": 1000 * min(seconds) / max(1, sum(map(len, written)))}
 
 
 # ---- pretraining -------------------------------------------------------------------------------------------
