@@ -3,6 +3,7 @@
     Record --encode--> tokens --objective--> (source, target) --lay_out--> Batch --masks.of_batch--> model
 """
 import hashlib
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
@@ -79,8 +80,8 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     taken.
     """
     sizes = np.array(sizes)
-    wanted = max(1, round((sizes.sum(0) / row_length).max()))
-    tries = {min(len(sizes), n) for n in range(-(-3 * wanted // 4), 5 * wanted // 4 + 2)}
+    wanted = (sizes.sum(0) / row_length).max()
+    tries = {min(len(sizes), n) for n in range(math.ceil(2 * wanted / 3), int(5 * wanted / 4) + 2)}
     return min((_spread(sizes, n) for n in sorted(tries)), key=lambda rows: len(rows) * sum(
         few_sizes(int(n)) for n in np.max([sizes[row].sum(0) for row in rows], axis=0)))
 
