@@ -85,8 +85,8 @@ def bf16_on_a_cpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Ten
 
 
 def few_sizes(n: int) -> int:
-    """n rounded up to seven binary digits: at most a 64th more. A CPU's kernels for bf16 (oneDNN) are made anew
-    for every size, which takes several times as long as a product of that size.
+    """n rounded up to seven binary digits: at most a 64th more. A CPU's kernels for bf16 (oneDNN) are made
+    anew for every size, which takes several times as long as a product of that size.
     """
     unit = 2 ** max(0, n.bit_length() - 7)
     return -(-n // unit) * unit
