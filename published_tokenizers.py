@@ -2,7 +2,7 @@
 
 GPT-2's kind (vocab.json and merges.txt, or a tokenizer.json that says the same) is what tokenizer.py runs
 itself. SentencePiece's kind (LLaMA, T5), and byte-level BPE behind other rules for words (Falcon), are run by
-the package `tokenizers`, from tokenizer.json.
+the package `tokenizers`, from tokenizer.json. An exported run gets a tokenizer.json as well.
 """
 import json
 from pathlib import Path
@@ -113,6 +113,8 @@ def _published(folder: Path, content: dict, c: dict, structure: str) -> tuple[di
     else:
         ranks, how = {piece.encode(): i for piece, i in vocab.items()}, {"package": content}
     settings, chosen = roles(c, structure, specials)
+    if structure == "encdec":
+        settings["source_end"] = added_after(content, specials, settings["source_end"])
     sentinels = [specials[f"<extra_id_{i}>"] for i in range(100) if f"<extra_id_{i}>" in specials]
     settings |= {**how, "specials": specials, "sentinels": sentinels}
     return ranks, settings, f"{len(vocab.keys() | specials):,} tokens" + chosen
@@ -135,6 +137,15 @@ def read_content(folder: Path) -> dict:
                     "tokenizer.model or spiece.model the first is made once, after pip install transformers "
                     f"sentencepiece protobuf: AutoTokenizer.from_pretrained({str(folder)!r})"
                     f".save_pretrained({str(folder)!r})")
+
+
+def added_after(content: dict, specials: dict[str, int], default: list[int]) -> list[int]:
+    """The special tokens that tokenizer.json puts after a text; default, where it does not say."""
+    after = content.get("post_processor") or {}
+    if after.get("type") != "TemplateProcessing":
+        return default
+    kinds = [next(iter(step)) for step in after["single"]]
+    return [specials[step["SpecialToken"]["id"]] for step in after["single"][kinds.index("Sequence") + 1:]]
 
 
 def byte_level(content: dict) -> bool:
@@ -205,3 +216,42 @@ def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]
         begin, chosen = [end], chosen + f"; no beginning token, texts begin with {names[end]}"
     settings = {"pad": pad, "end": end, "begin": begin, "source_end": source_end, "target_begin": target}
     return settings, chosen
+
+
+# ---- writing one -------------------------------------------------------------------------------------------
+
+def content_of(tokenizer, merges: list[tuple[bytes, bytes]], pattern: str) -> dict:
+    """A tokenizer.json that encodes as `tokenizer` (a Tokenizer) does, and puts around a text what stands
+    around a source. merges: of its ranks; pattern: of its words. One that a package runs is its own content.
+    (The libraries that read it take text that looks like a special token for one.)
+    """
+    settings = tokenizer.settings or {}
+    if "package" in settings:
+        return settings["package"]
+    spelling = {byte: character for character, byte in BYTES.items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(spelling[byte] for byte in token)
+    ids = settings.get("ids") or list(tokenizer.ranks.values())
+    names = {i: name for name, i in tokenizer.specials.items()}
+    added = [*tokenizer.begin, *tokenizer.source_end]
+    around = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in added]
+    around.insert(len(tokenizer.begin), {"Sequence": {"id": "A", "type_id": 0}})
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bytes_as_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                           "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": i, "content": name, **plain} for i, name in sorted(names.items())],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_as_characters]},
+        "post_processor": {"type": "TemplateProcessing", "single": around,
+                           "pair": [*around, {"Sequence": {"id": "B", "type_id": 0}}],
+                           "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]}
+                                              for i in added}},
+        "decoder": bytes_as_characters,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": False,
+                  "vocab": {spell(token): i for token, i in zip(tokenizer.ranks, ids)},
+                  "merges": [[spell(first), spell(second)] for first, second in merges]}}

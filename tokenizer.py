@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import write_atomically
 from errors import UserError
-from published_tokenizers import Pieces, Renumbered, text_of
+from published_tokenizers import Pieces, Renumbered, content_of, text_of
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ("<pad>", "<bos>", "<end>",
@@ -91,17 +91,28 @@ def _merge_pair(words: list, counts: Counter, holders: dict, pair: tuple) -> set
 
 
 def encode_by_hand(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """What tiktoken computes: in each word, merge the adjacent pair of lowest rank until none is left."""
-    tokens = []
-    for word in regex.findall(PATTERN, text):
-        parts = [bytes([b]) for b in word.encode()]
-        while len(parts) > 1:
-            rank, j = min((ranks.get(a + b, len(ranks)), j) for j, (a, b) in enumerate(zip(parts, parts[1:])))
-            if rank == len(ranks):
-                break
-            parts[j:j + 2] = [parts[j] + parts[j + 1]]
-        tokens += [ranks[part] for part in parts]
-    return tokens
+    """What tiktoken computes: the tokens of each word."""
+    return [ranks[part] for word in regex.findall(PATTERN, text)
+            for part in merge_word(word.encode(), ranks, len(ranks))]
+
+
+def merge_word(word: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
+    """Merge the adjacent pair of lowest rank until none is left that makes a token of a rank below `below`."""
+    parts = [bytes([b]) for b in word]
+    while len(parts) > 1:
+        rank, j = min((ranks.get(a + b, below), j) for j, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank >= below:
+            break
+        parts[j:j + 2] = [parts[j] + parts[j + 1]]
+    return parts
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token was merged from, in the order of the ranks: what the merges before it leave of
+    the token. (A token that they leave in more parts is never reached: it has none.)
+    """
+    pairs = (merge_word(token, ranks, below=rank) for token, rank in ranks.items() if len(token) > 1)
+    return [tuple(pair) for pair in pairs if len(pair) == 2]
 
 
 def own_settings(ranks: dict[bytes, int]) -> dict:
@@ -193,6 +204,11 @@ class Tokenizer:
             write_atomically(beside, json.dumps(self.settings).encode())
         else:
             beside.unlink(missing_ok=True)
+
+    def published(self) -> dict:
+        """The content of a tokenizer.json, as other libraries read it."""
+        pattern = (self.settings or own_settings(self.ranks)).get("pattern") or PATTERN
+        return content_of(self, merges_of(self.ranks), pattern)
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":

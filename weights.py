@@ -2,7 +2,8 @@
 
     python weights.py import FOLDER runs/llama2              a run folder, for generate.py and later stages,
                                                              of config.json, *.safetensors and a tokenizer
-    python weights.py export runs/x FOLDER --layout llama    (or gpt2, t5) config.json and *.safetensors
+    python weights.py export runs/x FOLDER --layout llama    (or gpt2, t5) config.json, *.safetensors and
+                                                             tokenizer.json
 
 The names are in layouts.py. Reading is strict: every published tensor is used once, or is named among those
 that may be left out. Weights keep their number format; loaded from the run folder, a model computes in fp32.
@@ -335,11 +336,17 @@ def export_folder(config: Config) -> None:
     if lost:
         raise UserError(f"{run} is no {config.layout}: that layout has no place for {', '.join(lost)}")
     c |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
-    c |= {"decoder_start_token_id": tokenizer.bos} if model_config.structure == "encdec" else {}
+    if model_config.structure == "encdec":
+        c["decoder_start_token_id"] = tokenizer.frame("encdec")[2][0]
     out.mkdir(parents=True, exist_ok=True)
     write_folder(out, to_published(state["model"], layout, model_config))
-    common.write_atomically(out / "config.json", (json.dumps(c, indent=1) + "\n").encode())
-    print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}; without a tokenizer")
+    names = {i: name for name, i in tokenizer.specials.items()}
+    roles = {role: names[c[f"{role}_id"]] for role in ("bos_token", "eos_token", "pad_token")}
+    for file, content in (("config.json", c), ("tokenizer.json", tokenizer.published()),
+                          ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **roles})):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        common.write_atomically(out / file, text.encode())
+    print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}, and its tokenizer")
 
 
 def parse(argv: list[str]) -> Config:

@@ -605,13 +605,36 @@ def test_import_and_export_give_the_same_file(name, layout, kind, tmp_path):
     assert set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first)
     assert {key: first[key].dtype for key in first} == {key: second[key].dtype for key in second}
     assert {p.dtype for p in checkpoint.load_model(run).parameters()} == {torch.float32}
-    put_tokenizer(out, kind)
     command(f"import {out} {tmp_path / 'again'}")
     a, b = (checkpoint.latest(where) for where in (run, tmp_path / "again"))
     assert a["model_config"] == b["model_config"]
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     before, after = (checkpoint.load_tokenizer(where, "") for where in (run, tmp_path / "again"))
-    assert before.specials == after.specials
+    assert_alike(before, after, a["model_config"]["structure"])
+
+
+def assert_alike(before: Tokenizer, after: Tokenizer, structure: str):
+    """Both encode, pad, end, open and close alike."""
+    assert [before.encode(text) for text in TEXTS] == [after.encode(text) for text in TEXTS]
+    assert before.specials == after.specials and before.frame(structure) == after.frame(structure)
+    assert (before.pad, before.end, before.vocab) == (after.pad, after.end, after.vocab)
+
+
+@pytest.mark.parametrize("structure", ["causal", "encdec"])
+def test_an_exported_tokenizer_is_read_again(structure, tokenizer, tmp_path):
+    """Ours, as tokenizer.json: the same tokens and frames, which the package `tokenizers` finds too."""
+    content = tokenizer.published()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    c = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad,
+         "decoder_start_token_id": tokenizer.bos}
+    again = Tokenizer(*published_tokenizers.published(tmp_path, c, structure)[:2])
+    assert_alike(tokenizer, again, structure)
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    for text in (text for text in TEXTS if "<pad>" not in text):       # there it sees a special token
+        assert theirs.encode(text).ids == [tokenizer.bos, *tokenizer.encode(text)]
+        assert theirs.decode(tokenizer.encode(text)) == text
+
 
 
 @pytest.mark.parametrize("name, kind", [("gpt2", "gpt2"), ("llama", "split"), ("bart", "bart"), ("t5", "bart"),
