@@ -97,7 +97,7 @@ def encode_by_hand(text: str, ranks: dict[bytes, int]) -> list[int]:
 
 
 def merge_word(word: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """Merge the adjacent pair of lowest rank until none is left that makes a token of a rank below `below`."""
+    """Merge the adjacent pair of lowest rank until no pair makes a token of a rank below `below`."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         rank, j = min((ranks.get(a + b, below), j) for j, (a, b) in enumerate(zip(parts, parts[1:])))
