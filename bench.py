@@ -76,7 +76,7 @@ def generation(config: Config, model, run: common.Run, tokenizer: Tokenizer) -> 
     tokenizer.end = -1
 
     def step() -> None:
-        with run.autocast():
+        with run.autocast(sampling=True):
             generate(model, prompts, tokenizer, config.new)
     return step
 

@@ -43,7 +43,7 @@ class Run:
 
     def autocast(self, sampling: bool = False):
         """Products in bf16 where that is faster; weights, norms and losses stay fp32. For sampling on a CPU
-        it is not: every token's small products read the whole cache.
+        it is not: the cache has another length at every token, and model.few_sizes says what that costs.
         """
         enabled = self.dtype != torch.float32 and not (sampling and self.device.type == "cpu")
         return torch.autocast(self.device.type, self.dtype) if enabled else contextlib.nullcontext()

@@ -45,7 +45,7 @@ class Batch:
     loss_mask: Tensor            # True where that is a target token
     source_mask: Tensor          # True where that is a source token
     positions: Tensor            # restart at every document; every target begins where the source ended
-    positions_2d: Tensor         # (2, B, T): place in the source (or that of the blank), place in the target
+    positions_2d: Tensor         # (2, B, T): place in the source (of the blank; encdec: -1) and in the target
     document: Tensor             # index of the example in the batch, -1: padding
     part: Tensor                 # 0: source, k: k-th target
     last: Tensor                 # True at the last token of each target
@@ -73,7 +73,8 @@ def loss_weights(batch: Batch, structure: str, source_weight: float) -> Tensor:
 
 
 def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
-    """Examples -> rows of about row_length tokens and nearly equal length, so that little padding is needed.
+    """Examples -> rows of nearly equal length, so that little padding is needed, and of about row_length
+    tokens: 4/5 of it to 3/2 on average.
 
     A size has one number for a decoder, two (source, target) for an encoder-decoder. Several numbers of rows
     are tried, since 64 examples fill 8 rows evenly but not 10; the one that computes the fewest tokens is
@@ -98,7 +99,9 @@ def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
 
 
 def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer: Tokenizer) -> Batch:
-    """Pack examples into as few rows as hold them. Targets include their end token, where they have one."""
+    """Pack examples into rows of about row_length tokens, as balanced_rows does. Targets include their end
+    token, where they have one.
+    """
     encdec = structure == "encdec"
     begin, source_end, target_begin = tokenizer.frame(structure)
     lengths = [(len(begin + source + source_end), sum(len(target_begin + target) for target in targets),
@@ -154,7 +157,7 @@ class _Rows:
         if blanks:
             sop, eop = self.tokenizer.special("<sop>"), self.tokenizer.special("<eop>")
             tokens, following = [t for t in target if t != eop], [t for t in target if t != sop]
-            first = len(self.tokenizer.frame("causal")[0])
+            first = len(self.tokenizer.begin)
             span_of = np.cumsum([token == sop for token in tokens]) - 1
             place = [blanks[span] + first for span in span_of]
             block = [i - place.index(at) + 1 for i, at in enumerate(place)]
@@ -184,9 +187,11 @@ def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:
     if example.ranking:
         return show_ranking(example, tokenizer)
     batch, decode = lay_out([example], structure, 1, tokenizer), tokenizer.encoding.decode
-    read = batch.tokens[batch.part == 0] if structure != "encdec" else batch.source[0]
-    between = " => " if structure == "encdec" else ""
-    return f"{decode(read.tolist())}{between}[[{decode(batch.targets[batch.loss_mask].tolist())}]]"
+    read, between = batch.tokens[batch.part == 0].tolist(), ""
+    read += tokenizer.frame(structure)[2] * (not example.blanks)
+    if structure == "encdec":
+        read, between = batch.source[0].tolist(), " => "
+    return f"{decode(read)}{between}[[{decode(batch.targets[batch.loss_mask].tolist())}]]"
 
 
 def show_ranking(example: Example, tokenizer: Tokenizer, start: int = -1) -> str:
@@ -291,7 +296,9 @@ def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
     objective = known[name]()
 
     def example(text: list[int], rng: np.random.Generator) -> Example:
-        pair = objective(text, rng)
+        # ChatGLM-6B ends a text with <eop>, as its blanks: the one in which the text ends brings it along
+        ended = name.startswith("glm") and text[-1:] == [tokenizer.special("<eop>")]
+        pair = objective(text[:-1] if ended else text, rng)
         return Example(pair.source, [pair.target], pair.blanks)
     return example
 
@@ -317,11 +324,13 @@ def tokenizer_for(records: list[Record], vocab: int) -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, records: list[Record], context: int) -> list[list[int]]:
-    """Every text as tokens and its end token, cut into pieces that fit behind <bos> in `context` tokens."""
-    cut = []
+    """Every text as tokens and its end token, cut into pieces that fit into `context` tokens with what stands
+    around them.
+    """
+    cut, room = [], max(1, context - tokenizer.around)
     for tokens in tokenizer.encode_all(texts_of(records)):
         tokens = tokens + [tokenizer.end]
-        cut += [tokens[i:i + context - 1] for i in range(0, len(tokens), context - 1)]
+        cut += [tokens[i:i + room] for i in range(0, len(tokens), room)]
     return cut
 
 
@@ -329,14 +338,14 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
                context: int) -> list[Example]:
     """The named fields of every record as an example: the prompt, and the answers with their end token.
 
-    Records whose prompt and longest answer do not fit behind <bos> in `context` tokens are dropped, and said.
+    Records whose prompt and longest answer do not fit into `context` tokens, with what stands around them,
+    are dropped, and said.
     """
     columns = [tokenizer.encode_all([getattr(record, name) for record in records]) for name in names]
     rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers], origin=record.origin)
             for record, prompt, *answers in zip(records, *columns)]
-    around = sum(map(len, tokenizer.frame("causal")))
     kept = [row for row in rows
-            if around + len(row.source) + max(map(len, row.targets), default=1) <= context]
+            if tokenizer.around + len(row.source) + max(map(len, row.targets), default=1) <= context]
     if len(kept) < len(rows):
         run.print(f"{len(rows) - len(kept):,} of {len(rows):,} {' + '.join(names)} have more than {context} "
                   "tokens and are dropped")

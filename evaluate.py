@@ -38,7 +38,7 @@ from tokenizer import Tokenizer
 class Config:
     runs: str = "runs"                  # the folder that holds pretrain, sft, rm and ppo
     data: str = ""                      # the data that they were trained on, if it was not the default corpus
-    prompts: int = 500                  # held-out functions
+    prompts: int = 1000                 # held-out functions
     best_of: int = 8                    # samples from which the reward model picks one
     cool: float = 0.5                   # the lower temperature
     max_new: int = 40                   # tokens of an answer at most

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import command_line
 import common
+import data
 import hardware
 import masks
 from checkpoint import load_language_model, load_tokenizer
@@ -75,7 +76,7 @@ class Decoding:
         else:
             self.tokens = torch.cat((self.tokens, opened), dim=1)
         B, P = self.tokens.shape
-        self.first_of_answer = P - len(target_begin)               # the slots before it hold the source
+        self.first_of_target = P - len(target_begin)               # the slots before it hold the source
         if 0 < model.config.max_positions < P + max_new - 1:
             raise UserError(f"the model has {model.config.max_positions} positions; a prompt of {P} tokens "
                             f"and an answer of {max_new} need {P + max_new - 1}")
@@ -104,7 +105,7 @@ class Decoding:
         """Logits (B, V) after the prompt."""
         document, positions = self.documents()
         B, T = self.tokens.shape
-        part = (self.slots[:T] >= self.first_of_answer).long().expand(B, T)
+        part = (self.slots[:T] >= self.first_of_target).long().expand(B, T)
         prompt = SimpleNamespace(document=document, part=part, source_document=document)
         allowed = masks.predicates(self.structure, prompt).attention
         return self.logits(self.tokens, positions, masks.dense(allowed, B, T, T, self.tokens.device))
@@ -125,7 +126,7 @@ class Decoding:
     def logits(self, tokens_BT: Tensor, positions: Tensor, mask) -> Tensor:
         if self.model.config.positions == "rope2d":     # the source's last place, and the place in the answer
             at, T = self.cache.length, tokens_BT.shape[1]
-            in_answer = (self.slots[at:at + T] - self.first_of_answer + 1).clamp(min=0).expand_as(positions)
+            in_answer = (self.slots[at:at + T] - self.first_of_target + 1).clamp(min=0).expand_as(positions)
             positions = torch.stack((positions - in_answer, in_answer))
         cross = (self.memory, self.cross) if self.structure == "encdec" else ()
         hidden_BTD = self.model.decode(tokens_BT, positions, mask, *cross, cache=self.cache)
@@ -191,8 +192,11 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
 
 def answers_to_show(model: LanguageModel, examples: list, tokenizer: Tokenizer, seed: int) -> list[list[int]]:
     """For samples.txt: at temperature 0.7, up to 48 tokens, or what learned positions leave room for. With
-    special tokens where the examples' own targets hold some, as the blanks of a denoising objective do.
+    special tokens where the examples' own targets hold some, as T5's do. GLM's blanks do not follow the end
+    of a source: of them the likeliest token at every place is shown, the right ones before it being known.
     """
+    if any(example.blanks for example in examples):
+        return [likeliest(model, example, tokenizer) for example in examples]
     prompts = [example.source for example in examples]
     in_one_row = model.config.structure != "encdec"
     begin, source_end, target_begin = tokenizer.frame(model.config.structure)
@@ -203,6 +207,14 @@ def answers_to_show(model: LanguageModel, examples: list, tokenizer: Tokenizer, 
     generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     return generate(model, prompts, tokenizer, max(1, min(48, room)), 0.7, generator=generator,
                     specials=not wanted <= {*tokenizer.text, tokenizer.end})
+
+
+@torch.no_grad()
+def likeliest(model: LanguageModel, example: data.Example, tokenizer: Tokenizer) -> list[int]:
+    """The likeliest token at every place of the target, as in training."""
+    structure, device = model.config.structure, model.embedding.weight.device
+    batch = data.lay_out([example], structure, 1, tokenizer).to(device)
+    return model(batch, masks.of_batch(structure, batch), batch.loss_mask).argmax(-1).tolist()
 
 
 def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,

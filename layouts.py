@@ -287,8 +287,8 @@ def read_config(c: dict) -> tuple[Layout, ModelConfig]:
     kind = c.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(f"config.json has model_type {kind!r}; known are {', '.join(MODEL_TYPES)}")
-    first = kind == "chatglm" and "position_encoding_2d" in c       # ChatGLM2 has the same model_type
-    layout = LAYOUTS["chatglm" if first else MODEL_TYPES[kind]]
+    first_generation = kind == "chatglm" and "position_encoding_2d" in c     # ChatGLM2's type too
+    layout = LAYOUTS["chatglm" if first_generation else MODEL_TYPES[kind]]
     try:
         config = layout.read_config(c)
     except KeyError as error:

@@ -85,8 +85,8 @@ def bf16_on_a_cpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Ten
 
 
 def few_sizes(n: int) -> int:
-    """n rounded up to seven binary digits: at most a 64th more. A CPU's kernels for bf16 (oneDNN) are made
-    anew for every size, which takes several times as long as a product of that size.
+    """n rounded up to seven significant binary digits: at most a 64th more. A CPU's kernels for bf16 (oneDNN)
+    are made anew for every size, which takes several times as long as a product of that size.
     """
     unit = 2 ** max(0, n.bit_length() - 7)
     return -(-n // unit) * unit
@@ -338,9 +338,11 @@ class LanguageModel(nn.Module):
         Nothing else of the logits is ever needed, and they are a third of the work at the default sizes.
         """
         hidden_ND = self.hidden(batch, masks)[where_BT]
-        n, on_cpu = len(hidden_ND), hidden_ND.device.type == "cpu"
-        padding = few_sizes(n) - n if on_cpu and torch.is_autocast_enabled("cpu") else 0
-        return self.logits(F.pad(hidden_ND, (0, 0, 0, padding)))[:n]
+        in_bf16 = hidden_ND.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if not in_bf16 or torch.compiler.is_compiling():
+            return self.logits(hidden_ND)
+        n = len(hidden_ND)
+        return self.logits(F.pad(hidden_ND, (0, 0, 0, few_sizes(n) - n)))[:n]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The tokens' vectors, and a share a = embedding_gradient of their gradient: what kept GLM-130B from

@@ -205,7 +205,8 @@ def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]
         target = [start] + [token for token in begin if token != start]
         return {"pad": pad, "end": end, "begin": begin, "source_end": [end], "target_begin": target}, chosen
     begin, source_end, target = [bos], [], []
-    if gmask := c.get("gmask_token_id"):       # ChatGLM-6B: source [gMASK] <sop> target, a blank at the end
+    if "gmask_token_id" in c:                  # ChatGLM-6B: source [gMASK] <sop> target, a blank at the end
+        gmask = c["gmask_token_id"]
         if gmask not in names or bos not in names:
             raise UserError(f"config.json's gmask_token_id {gmask} and bos_token_id {bos} must be special "
                             "tokens of the tokenizer")

@@ -136,8 +136,8 @@ def load_data(config: Config, run: common.Run) -> Data:
     pairs, held_out_pairs = (data.token_rows(run, tokenizer, [r for r in part if r.response],
                                              ("prompt", "response"), config.context)
                              for part in (train, held_out))
-    room = config.context - config.max_new
-    sequences[1] = [pair for pair in held_out_pairs if len(pair.source) < room] or sequences[1]
+    room = config.context - config.max_new - tokenizer.around
+    sequences[1] = [pair for pair in held_out_pairs if len(pair.source) <= room] or sequences[1]
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")

@@ -88,8 +88,8 @@ class Data:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Tokens of each sequence to draw from, <bos> included."""
-        return np.array([len(piece) + 1 for piece in self.train])
+        """Tokens of each sequence to draw from, with those that stand around it."""
+        return np.array([len(piece) + self.tokenizer.around for piece in self.train])
 
 
 def load_data(config: Config, run: common.Run) -> Data:

@@ -52,7 +52,7 @@ class Config:
     out: str = "runs/claims"            # folder of the runs
     record: str = "records/claims.jsonl"        # where the rows go; older rows of a measurement are replaced
     data: str = ""                      # own data, not the default corpus
-    prompts: int = 500                  # held-out functions
+    prompts: int = 1000                 # held-out functions
     best_of: int = 8                    # samples from which the reward model picks one
     tiny: bool = False                  # on a small part of the corpus, with small models
 

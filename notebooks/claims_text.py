@@ -1,4 +1,5 @@
 """The measurements of claims.py about structures, pretraining and supervised fine-tuning."""
+import copy
 import time
 
 import numpy as np
@@ -43,14 +44,16 @@ def structures(flow: Flow) -> list[dict]:
         model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
         rows.append({"row": name, "parameters": model_file.parameter_count(model),
                      "counted_per_step": line["counted"],
-                     "ms_per_token_trained": ms_per_trained_token(pretrain),
+                     "ms_per_token_trained": ms_per_token_trained(pretrain),
                      "loss_summary": metrics_of(sft)[-1]["loss"], **summaries(flow, sft),
                      **continuations(flow, pretrain, model, ends), "curve": curve(pretrain, context)})
     return rows
 
 
 def nats_of(model, examples: list[data.Example], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats, place in its target) of every target token (N,), for a model of any structure and objective."""
+    """(nats, place in its target) of every target token (N,), for a model of any structure and objective
+    that has a tokenizer of ours.
+    """
     structure, nats, place = model.config.structure, [], []
     for start in range(0, len(examples), 32):
         batch = data.lay_out(examples[start:start + 32], structure, 320, tokenizer)
@@ -70,7 +73,7 @@ def curve(folder: str, context: int) -> list[list[float]]:
     return [[step * config.batch_size * context, round(float(nats.mean()), 4)] for step, nats in losses]
 
 
-def ms_per_trained_token(folder: str) -> float:
+def ms_per_token_trained(folder: str) -> float:
     """Of whole training steps on one thread: the best of four times through the same six, since another run
     may be at work beside this one.
     """
@@ -108,7 +111,7 @@ def judge_of(flow: Flow) -> labeller.Labeller:
 @torch.no_grad()
 def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict[str, float]:
     """Held-out texts cut after 32 tokens: nats per token of what follows, near and far; the share of repeated
-    word pairs in sampled continuations; milliseconds per generated token, the best of three times.
+    word pairs in sampled continuations; milliseconds per generated token.
     """
     _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=10_000)
     whole = BEGINNING + ends[-1]
@@ -117,17 +120,27 @@ def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict
     nats, place = nats_of(model, examples, loaded.tokenizer)
     found = {f"loss_{low}_{high}": float(nats[(place >= low) & (place < high)].mean())
              for low, high in zip((0, *ends), ends)}
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        written = generate(model, [example.source for example in examples[:50]], loaded.tokenizer, ends[-1],
-                           generator=torch.Generator().manual_seed(flow.seed))
-        seconds.append(time.perf_counter() - begun)
+    beginnings = [example.source for example in examples[:50]]
+    written = generate(model, beginnings, loaded.tokenizer, ends[-1],
+                       generator=torch.Generator().manual_seed(flow.seed))
     lines = [loaded.tokenizer.decode(answer) for answer in written]
     pairs = [evaluate.distinct([line]) for line in lines if len(line.split()) > 3]
     return {**found, "texts": len(examples), "written": float(np.mean([len(answer) for answer in written])),
             "repeated_pairs": 1 - float(np.mean(pairs)) if pairs else None,
-            "ms_per_generated_token": 1000 * min(seconds) / max(1, sum(map(len, written)))}
+            "ms_per_generated_token": ms_per_token_generated(model, beginnings, loaded.tokenizer, ends[-1])}
+
+
+def ms_per_token_generated(model, prompts: list[list[int]], tokenizer, n: int) -> float:
+    """Of n tokens after every prompt, on one thread, the best of three times. No end is honoured: a batch
+    that waits for its last answer would take as long for fewer tokens.
+    """
+    endless, seconds = copy.copy(tokenizer), []
+    endless.end = -1
+    for _ in range(3):
+        begun = time.perf_counter()
+        generate(model, prompts, endless, n, generator=torch.Generator().manual_seed(1))
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * min(seconds) / (n * len(prompts))
 
 
 # ---- pretraining -------------------------------------------------------------------------------------------

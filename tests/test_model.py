@@ -1,10 +1,12 @@
 """The networks: who influences whom, and every fused or shared computation against its plain loop."""
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import common
 import masks
 import model as networks
 import positions as positions_file
@@ -336,6 +338,37 @@ def test_scalar_model_normalises_its_output(structure, batch_of, random_model):
     for b, t in torch.cartesian_prod(*map(torch.arange, batch.tokens.shape)).tolist():
         raw = sum(float(w * h) for w, h in zip(scorer.head.weight[0].double(), hidden[b, t].double())) + 0.3
         assert scores[b, t].item() == pytest.approx((raw - 0.7) / 2.5, abs=1e-5)
+
+
+# ---- bf16 on a CPU -----------------------------------------------------------------------------------------
+
+def test_few_sizes_have_seven_significant_binary_digits():
+    sizes = [networks.few_sizes(n) for n in range(1, 5000)]
+    assert all(n <= size <= n + n / 64 for n, size in enumerate(sizes, start=1))
+    assert sizes[:128] == list(range(1, 129)) and len(set(sizes[1024:2048])) == 64
+
+
+def test_products_in_bf16_have_few_sizes_and_nothing_else_changes(batch_of, random_model, monkeypatch):
+    """Counted positions are filled up before the largest product, and what fills them up is cut off again."""
+    network, batch, sizes = random_model("causal", layers=1), batch_of("causal", "packed"), []
+    made, everywhere = masks.of_batch("causal", batch), torch.ones_like(batch.tokens, dtype=torch.bool)
+    logits_of = network.logits
+    monkeypatch.setattr(networks, "few_sizes", lambda n: n + 5)
+    monkeypatch.setattr(network, "logits", lambda hidden_ND: sizes.append(len(hidden_ND)) or logits_of(hidden_ND))
+    plain = network(batch, made, everywhere)
+    with torch.autocast("cpu", torch.bfloat16):
+        filled = network(batch, made, everywhere)
+    n = everywhere.numel()
+    assert sizes == [n, n + 5] and filled.shape == plain.shape and filled.dtype == torch.bfloat16
+    assert (filled - plain).abs().max() < 0.05 * plain.std()
+
+
+def test_answers_are_sampled_in_fp32_on_a_cpu():
+    run = common.Run(Path("nowhere"), torch.device("cpu"), torch.bfloat16)
+    with run.autocast():
+        assert torch.is_autocast_enabled("cpu")
+    with run.autocast(sampling=True):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 # ---- shapes live in names ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 with its faults.
 """
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import masks
 import model as networks
 import published_tokenizers
 import train_ppo
+import train_pretrain
 import train_rm
 import train_sft
 import weights
@@ -279,6 +281,18 @@ def test_chatglms_rows_are_source_gmask_sop_target(tmp_path):
     n = text.tokens[0].tolist().index(gmask)
     assert text.tokens.tolist() == [[*range(50, 50 + n), gmask, sop, *range(50 + n, 58)]]     # one [gMASK], not two
     assert text.targets[text.loss_mask].tolist() == [*range(50 + n, 58), end]
+    with_end = data.lay_out([objective([*range(50, 58), end], np.random.default_rng(0))], "prefix", 1, tokenizer)
+    assert torch.equal(with_end.tokens, text.tokens) and torch.equal(with_end.targets, text.targets)
+    names = {i: name for name, i in tokenizer.settings["specials"].items()}
+    shown = data.show(data.Example(*row), "prefix", tokenizer)
+    assert f"{names[gmask]}{names[sop]}[[" in shown and shown.count(names[sop]) == 1
+
+
+@pytest.mark.parametrize("gmask", [None, 70])
+def test_a_gmask_that_the_tokenizer_does_not_have_is_one_sentence(gmask, tmp_path):
+    put_tokenizer(tmp_path, "gpt2")
+    with pytest.raises(UserError, match=f"gmask_token_id {gmask} and bos_token_id 0 must be special"):
+        published_tokenizers.published(tmp_path, CHATGLM | ROLES["gpt2"][1] | {"gmask_token_id": gmask}, "prefix")
 
 
 def test_chatglm_decodes_with_the_cache_as_without(tmp_path):
@@ -635,6 +649,26 @@ def test_an_exported_tokenizer_is_read_again(structure, tokenizer, tmp_path):
         assert theirs.encode(text).ids == [tokenizer.bos, *tokenizer.encode(text)]
         assert theirs.decode(tokenizer.encode(text)) == text
 
+
+
+@pytest.mark.parametrize("name, objective", [("bart", "next_token"), ("gpt2", "prefix_lm"), ("chatglm", "glm_130b"),
+                                             ("chatglm", "glm_document")])
+def test_pretraining_goes_on_from_an_imported_run(name, objective, no_curves, tmp_path, monkeypatch):
+    """At as many tokens as there are learned positions; ChatGLM-6B's texts end with the <eop> of its blanks."""
+    monkeypatch.chdir(tmp_path)
+    put_checkpoint(tmp_path / "published", name, "bart" if name == "bart" else "gpt2")
+    command("import published runs/imported")
+    if name == "chatglm":
+        path = Path("runs/imported/tokenizer.settings.json")
+        settings = json.loads(path.read_text())
+        settings["specials"] = {"<sop>": 0, "[gMASK]": 1, "[MASK]": 2, "<eop>": 3}      # as its vocabulary names them
+        path.write_text(json.dumps(settings))
+    texts = [{"text": "many words in a text; " * (1 + i % 20)} for i in range(60)]
+    Path("texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    last = train_pretrain.main(train_pretrain.Config(
+        data="texts.jsonl", init="runs/imported", out="runs/more", objective=objective, steps=6, batch_size=2,
+        context=99, row=99, warmup=1, eval_every=0, save_every=0, device="cpu", dtype="fp32", ranks=1, lr=1e-3))
+    assert math.isfinite(last["loss"]) and Path("runs/more/samples.txt").exists()
 
 
 @pytest.mark.parametrize("name, kind", [("gpt2", "gpt2"), ("llama", "split"), ("bart", "bart"), ("t5", "bart"),
