@@ -7,6 +7,7 @@ reward model, DPO where there is runs/dpo, PPO, and the human lines. `gold` is t
 nothing but the order was trained on; `about` its share of the identifier's words; `kl` is log pi(answer) -
 log pi_SFT(answer), averaged over the model's own answers.
 """
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -38,7 +39,8 @@ from tokenizer import Tokenizer
 class Config:
     runs: str = "runs"                  # the folder that holds pretrain, sft, rm and ppo
     data: str = ""                      # the data that they were trained on, if it was not the default corpus
-    prompts: int = 1000                 # held-out functions
+    prompts: int = 500                  # held-out functions
+    samples: int = 4                    # answers to each, where they are not greedy
     best_of: int = 8                    # samples from which the reward model picks one
     cool: float = 0.5                   # the lower temperature
     max_new: int = 40                   # tokens of an answer at most
@@ -46,7 +48,7 @@ class Config:
     device: str = "auto"                # auto, cpu, cuda, mps
     tiny: bool = False                  # evaluate the tiny runs
 
-    TINY = dict(runs="runs/tiny", prompts=30, best_of=4, max_new=16)
+    TINY = dict(runs="runs/tiny", prompts=30, samples=2, best_of=4, max_new=16)
 
 
 @dataclass
@@ -87,6 +89,11 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     labeller = Labeller(data.texts_of([record for record in train if record.response]))
     return Study(tokenizer, list(prompts), list(human), texts, labeller, models["sft"], models.get("rm"),
                  device, config), models
+
+
+def repeated(study: Study, n: int) -> Study:
+    """With every prompt n times: all of them, and all of them again."""
+    return dataclasses.replace(study, prompts=n * study.prompts, human=n * study.human, texts=n * study.texts)
 
 
 def answers_of(study: Study, model, temperature: float, prompts: list | None = None) -> list[list[int]]:
@@ -189,32 +196,35 @@ def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
 
 def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray],
            temperature: float = 1.0) -> dict:
-    """One row of the report. model: the one that drew the answers at that temperature, None for best-of-n and
-    the human lines. Where there are no greedy answers, their figures are those of `answers`.
+    """One row of the report. answers: one or several to every prompt, as `repeated` orders them. model: the one
+    that drew them at that temperature, None for best-of-n and the human lines. Where there are no greedy
+    answers, their figures are those of `answers`.
     """
-    golds, lines = golds_of(study, answers), [study.tokenizer.decode(answer) for answer in answers]
-    human = [study.tokenizer.decode(answer) for answer in study.human]
+    n_prompts, human = len(study.prompts), [study.tokenizer.decode(answer) for answer in study.human]
+    n = len(answers) // n_prompts
+    many = repeated(study, n)
+    golds, lines = golds_of(many, answers), [study.tokenizer.decode(answer) for answer in answers]
     row = {"gold": golds.mean()}
-    row["gold_low"], row["gold_high"] = interval(golds, study.config.seed)
+    row["gold_low"], row["gold_high"] = interval(golds.reshape(n, n_prompts).mean(0), study.config.seed)
     greedy_golds = golds_of(study, greedy if greedy else answers)
     row["gold_greedy"] = greedy_golds.mean()
     row["gold_greedy_low"], row["gold_greedy_high"] = interval(greedy_golds, study.config.seed)
     shown = greedy if greedy else answers
     for name, of in (("about", answers), ("about_greedy", shown)):
         row[name] = np.mean([labeller_file.about(prompt, study.tokenizer.decode(answer))
-                             for prompt, answer in zip(study.texts, of)])
+                             for prompt, answer in zip(many.texts, of)])
     row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line)
                                 for answer, line in zip(shown, human)])
     if study.reward:
-        row["reward"] = rewards_of(study, answers).mean()
-    row["win_human"] = win_rate(study, golds, rivals["human"])
+        row["reward"] = rewards_of(many, answers).mean()
+    row["win_human"] = win_rate(study, golds, np.tile(rivals["human"], n))
     row["win_sft"] = win_rate(study, golds, rivals["sft"])
-    row["distinct_2"] = distinct(lines)
+    row["distinct_2"] = distinct(lines[:n_prompts])
     row["length"] = np.mean([len(answer) for answer in answers])
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
     if model is not None:
-        logprobs, row["entropy"] = logprobs_of(study, model, answers, temperature=temperature)
-        row["kl"] = (logprobs - logprobs_of(study, study.reference, answers)[0]).mean()
+        logprobs, row["entropy"] = logprobs_of(many, model, answers, temperature=temperature)
+        row["kl"] = (logprobs - logprobs_of(many, study.reference, answers)[0]).mean()
         human_logprobs, _ = logprobs_of(study, model, study.human, sampled=False)
         row["loss"] = -human_logprobs.sum() / sum(map(len, study.human))
         n_bytes = sum(len(line.encode()) for line in human)
@@ -235,7 +245,8 @@ def collect_answers(study: Study, models: dict) -> tuple[dict[str, list], dict[s
     asked += [("best_of_n", None, 1.0)] * bool(study.reward)
     written, greedy = {"human": study.human}, {}
     for name, model, temperature in tqdm(asked, "sampling answers", leave=False, disable=None):
-        answers = answers_of(study, model, temperature) if model else best_of_n(study)
+        prompts = study.prompts * (study.config.samples if temperature else 1)
+        answers = answers_of(study, model, temperature, prompts) if model else best_of_n(study)
         answers = first_line(study, answers) if name == "base" else answers
         (written if temperature else greedy)[name] = answers
     return written, greedy
@@ -247,7 +258,8 @@ def build_report(config: Config) -> tuple[dict, str]:
     base, sft = models["pretrain"], models["sft"]
     authors = {"base": base, "sft": sft} | {name: models[name] for name in ("dpo", "ppo") if name in models}
     written, greedy = collect_answers(study, authors)
-    rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
+    rivals = {"human": golds_of(study, study.human),
+              "sft": golds_of(repeated(study, config.samples), written["sft"])}
     authors["sft_cool"] = sft
     report = {}
     rows = [row for row in ROWS if row in written]
@@ -325,7 +337,7 @@ def draw(report: dict, path: Path) -> None:
 
 def main(config: Config) -> dict:
     common.apply_tiny(config)
-    for name in ("prompts", "best_of", "max_new"):
+    for name in ("prompts", "samples", "best_of", "max_new"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.cool <= 0:

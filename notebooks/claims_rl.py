@@ -134,7 +134,7 @@ def over_optimisation(flow: Flow) -> list[dict]:
 
 def judged(study: evaluate.Study, policy, n: int = 4) -> dict[str, float]:
     """The reward model's score, the labeller's, and the KL to SFT, over n answers to each prompt."""
-    study = dataclasses.replace(study, prompts=n * study.prompts, texts=n * study.texts)
+    study = evaluate.repeated(study, n)
     answers = evaluate.answers_of(study, policy, 1.0)
     logprobs, ref_logprobs = (evaluate.logprobs_of(study, m, answers)[0] for m in (policy, study.reference))
     return {"kl": float((logprobs - ref_logprobs).mean()),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -182,7 +183,8 @@ def test_a_reward_model_of_another_structure_is_refused(flow, tmp_path, package,
     assert not (tmp_path / "ppo").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"prompts": 0}, {"best_of": 0}, {"max_new": 0}, {"cool": 0.0}, {"cool": -1.0}])
+@pytest.mark.parametrize("wrong", [{"prompts": 0}, {"samples": 0}, {"best_of": 0}, {"max_new": 0},
+                                   {"cool": 0.0}, {"cool": -1.0}])
 def test_a_report_of_nothing_is_refused(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
         evaluate.main(evaluate.Config(**wrong))
@@ -288,6 +290,22 @@ def test_the_report_covers_all_rows(flow, package):
         assert 0 <= report[row]["gold_low"] <= report[row]["gold"] <= report[row]["gold_high"] <= 1
     assert abs(report["sft"]["kl"]) < 1e-4
     assert {"accuracy", "accuracy_human_sample"} <= set(report["reward_model"])
+
+
+@one_structure
+def test_several_answers_to_a_prompt_are_averaged(flow, package):
+    """As if each were a report of its own; the interval is over prompts, whose means vary less than answers."""
+    study, models = evaluate.load_study(evaluate.Config(runs=str(flow[0]), data=str(package), prompts=8, max_new=8,
+                                                        device="cpu"))
+    some, others = (evaluate.answers_of(dataclasses.replace(study, config=dataclasses.replace(study.config, seed=seed)),
+                                        models["ppo"], 1.0) for seed in (1, 2))
+    human, sft = evaluate.golds_of(study, study.human), evaluate.golds_of(study, others)
+    rivals = {"human": human, "sft": np.concatenate((sft, sft))}
+    one, other, both = (evaluate.row_of(study, answers, None, models["ppo"], rivals)
+                        for answers in (some, others, some + others))
+    assert some != others and both["distinct_2"] == one["distinct_2"]
+    for name in ("gold", "about", "win_human", "win_sft", "reward", "kl", "length", "ended", "loss"):
+        assert both[name] == pytest.approx((one[name] + other[name]) / 2, abs=2e-4), name
 
 
 @one_structure
