@@ -194,41 +194,54 @@ def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
     return float(np.mean(wins))
 
 
+def scores_of(study: Study, answers: list) -> dict[str, float]:
+    """The labeller's score with its interval over prompts, relevance, and overlap with the human lines: means
+    over all answers, of which there are one or several to every prompt, as `repeated` orders them.
+    """
+    n_prompts = len(study.prompts)
+    many = repeated(study, len(answers) // n_prompts)
+    golds, lines = golds_of(many, answers), [study.tokenizer.decode(answer) for answer in answers]
+    low, high = interval(golds.reshape(-1, n_prompts).mean(0), study.config.seed)
+    human = [study.tokenizer.decode(answer) for answer in many.human]
+    return {"gold": golds.mean(), "gold_low": low, "gold_high": high,
+            "about": np.mean([labeller_file.about(prompt, line) for prompt, line in zip(many.texts, lines)]),
+            "f1": np.mean([overlap_f1(line, person) for line, person in zip(lines, human)])}
+
+
+def distance_of(study: Study, model, answers: list, temperature: float) -> dict[str, float]:
+    """How far a model has gone from SFT, in nats per answer that it drew at that temperature; its entropy
+    there; what it has forgotten of the human answers.
+    """
+    many = repeated(study, len(answers) // len(study.prompts))
+    logprobs, entropy = logprobs_of(many, model, answers, temperature=temperature)
+    nats = -logprobs_of(study, model, study.human, sampled=False)[0].sum()
+    n_bytes = sum(len(study.tokenizer.decode(answer).encode()) for answer in study.human)
+    return {"entropy": entropy, "kl": (logprobs - logprobs_of(many, study.reference, answers)[0]).mean(),
+            "loss": nats / sum(map(len, study.human)), "answer_bits_per_byte": nats / math.log(2) / n_bytes}
+
+
 def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray],
            temperature: float = 1.0) -> dict:
-    """One row of the report. answers: one or several to every prompt, as `repeated` orders them. model: the one
-    that drew them at that temperature, None for best-of-n and the human lines. Where there are no greedy
+    """One row of the report. answers: one or several to every prompt, as `repeated` orders them. model: the
+    one that drew them at that temperature, None for best-of-n and the human lines. Where there are no greedy
     answers, their figures are those of `answers`.
     """
-    n_prompts, human = len(study.prompts), [study.tokenizer.decode(answer) for answer in study.human]
-    n = len(answers) // n_prompts
-    many = repeated(study, n)
-    golds, lines = golds_of(many, answers), [study.tokenizer.decode(answer) for answer in answers]
-    row = {"gold": golds.mean()}
-    row["gold_low"], row["gold_high"] = interval(golds.reshape(n, n_prompts).mean(0), study.config.seed)
-    greedy_golds = golds_of(study, greedy if greedy else answers)
-    row["gold_greedy"] = greedy_golds.mean()
-    row["gold_greedy_low"], row["gold_greedy_high"] = interval(greedy_golds, study.config.seed)
-    shown = greedy if greedy else answers
-    for name, of in (("about", answers), ("about_greedy", shown)):
-        row[name] = np.mean([labeller_file.about(prompt, study.tokenizer.decode(answer))
-                             for prompt, answer in zip(many.texts, of)])
-    row["f1_greedy"] = np.mean([overlap_f1(study.tokenizer.decode(answer), line)
-                                for answer, line in zip(shown, human)])
+    sampled, of_greedy = (scores_of(study, chosen) for chosen in (answers, greedy or answers))
+    row = {name: sampled[name] for name in ("gold", "gold_low", "gold_high", "about")}
+    row |= {"gold_greedy": of_greedy["gold"], "gold_greedy_low": of_greedy["gold_low"],
+            "gold_greedy_high": of_greedy["gold_high"]}
+    row |= {"about_greedy": of_greedy["about"], "f1_greedy": of_greedy["f1"]}
+    many = repeated(study, len(answers) // len(study.prompts))
+    golds = golds_of(many, answers)
     if study.reward:
         row["reward"] = rewards_of(many, answers).mean()
-    row["win_human"] = win_rate(study, golds, np.tile(rivals["human"], n))
+    row["win_human"] = win_rate(study, golds, np.resize(rivals["human"], len(golds)))
     row["win_sft"] = win_rate(study, golds, rivals["sft"])
-    row["distinct_2"] = distinct(lines[:n_prompts])
+    row["distinct_2"] = distinct([study.tokenizer.decode(answer) for answer in answers[:len(study.prompts)]])
     row["length"] = np.mean([len(answer) for answer in answers])
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
     if model is not None:
-        logprobs, row["entropy"] = logprobs_of(many, model, answers, temperature=temperature)
-        row["kl"] = (logprobs - logprobs_of(many, study.reference, answers)[0]).mean()
-        human_logprobs, _ = logprobs_of(study, model, study.human, sampled=False)
-        row["loss"] = -human_logprobs.sum() / sum(map(len, study.human))
-        n_bytes = sum(len(line.encode()) for line in human)
-        row["answer_bits_per_byte"] = -human_logprobs.sum() / math.log(2) / n_bytes
+        row |= distance_of(study, model, answers, temperature)
     return {name: round(float(value), 4) for name, value in row.items()}
 
 
