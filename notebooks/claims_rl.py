@@ -111,7 +111,7 @@ def over_optimisation(flow: Flow) -> list[dict]:
     study = dataclasses.replace(study, prompts=study.prompts[:200], texts=study.texts[:200])
     steps = flow.steps(train_ppo, 2.5)["steps"]
     folder = flow.ppo("ppo_far", beta=0.0, ptx=0.0, lr=1e-3, steps=steps, save_every=max(1, steps // 10),
-                      keep=99, **flow.small())
+                      keep=99)
     rows = [{"row": "PPO, iteration 0", "kind": "ppo", **judged(study, study.reference)}]
     for step in checkpoint.steps_of(folder):
         rows.append({"row": f"PPO, iteration {step}", "kind": "ppo",
@@ -269,7 +269,7 @@ def stability(flow: Flow) -> list[dict]:
         for beta in (0.0, 0.05, 0.3):
             row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
             settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, eval_every=0,
-                            **flow.steps(train_ppo, 0.3), **flow.small())
+                            **flow.steps(train_ppo, 0.3))
             try:
                 lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings))
             except Fault as fault:
@@ -292,7 +292,7 @@ def first_warning(lines: list[dict]) -> dict:
 def hackable(flow: Flow) -> list[dict]:
     """PPO finds what a planted reward really pays for, and the log's warning line names it."""
     reward = str(Path(__file__).resolve().parent / "planted.py") + ":more_commas"
-    folder = flow.ppo("ppo_commas", reward=os.path.relpath(reward), ptx=0.0, beta=0.02, **flow.small())
+    folder = flow.ppo("ppo_commas", reward=os.path.relpath(reward), ptx=0.0, beta=0.02)
     lines = metrics_of(folder)
     shown = ("step", "reward", "gold", "kl", "entropy", "length", "ended", "repetition")
     return [{"row": name, **{key: line[key] for key in shown}, **first_warning(lines)}

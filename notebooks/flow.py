@@ -67,10 +67,6 @@ class Flow:
         steps = stage.Config.TINY["steps"] if self.config.tiny else stage.Config.steps
         return dict(steps=max(2, round(share * steps)), warmup=max(1, round(share * steps / 6)))
 
-    def small(self) -> dict[str, int]:
-        """PPO with two thirds of the answers an iteration, for measurements in which it is to go wrong."""
-        return {} if self.config.tiny else dict(batch_size=128)
-
     def part(self, stage, share: float) -> dict[str, int]:
         """This share of the stage's prompts, and of its steps: each prompt is read as often as ever."""
         prompts = stage.Config.TINY["prompts"] if self.config.tiny else stage.Config.prompts
