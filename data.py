@@ -187,10 +187,11 @@ def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:
     if example.ranking:
         return show_ranking(example, tokenizer)
     batch, decode = lay_out([example], structure, 1, tokenizer), tokenizer.encoding.decode
-    read, between = batch.tokens[batch.part == 0].tolist(), ""
-    read += tokenizer.frame(structure)[2] * (not example.blanks)
     if structure == "encdec":
         read, between = batch.source[0].tolist(), " => "
+    else:
+        opened = [] if example.blanks else tokenizer.frame(structure)[2]
+        read, between = batch.tokens[batch.part == 0].tolist() + opened, ""
     return f"{decode(read)}{between}[[{decode(batch.targets[batch.loss_mask].tolist())}]]"
 
 
@@ -294,10 +295,11 @@ def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
         raise UserError(f"{name} in a context of {context} needs more than the {len(sentinels)} sentinels "
                         "that the tokenizer has" + "; lower the context" * bool(sentinels))
     objective = known[name]()
+    # ChatGLM-6B ends a text with <eop>, as its blanks: the one in which the text ends brings it along
+    blanks_end_texts = name.startswith("glm") and tokenizer.special("<eop>") == tokenizer.end
 
     def example(text: list[int], rng: np.random.Generator) -> Example:
-        # ChatGLM-6B ends a text with <eop>, as its blanks: the one in which the text ends brings it along
-        ended = name.startswith("glm") and text[-1:] == [tokenizer.special("<eop>")]
+        ended = blanks_end_texts and text[-1:] == [tokenizer.end]
         pair = objective(text[:-1] if ended else text, rng)
         return Example(pair.source, [pair.target], pair.blanks)
     return example

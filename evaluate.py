@@ -194,18 +194,19 @@ def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
     return float(np.mean(wins))
 
 
-def scores_of(study: Study, answers: list) -> dict[str, float]:
-    """The labeller's score with its interval over prompts, relevance, and overlap with the human lines: means
-    over all answers, of which there are one or several to every prompt, as `repeated` orders them.
+def scores_of(study: Study, answers: list) -> tuple[np.ndarray, dict[str, float]]:
+    """The labeller's score of every answer; their mean with its interval over prompts, mean relevance, and
+    mean overlap with the human lines. To a prompt there are one or several answers, ordered as by `repeated`.
     """
     n_prompts = len(study.prompts)
     many = repeated(study, len(answers) // n_prompts)
     golds, lines = golds_of(many, answers), [study.tokenizer.decode(answer) for answer in answers]
     low, high = interval(golds.reshape(-1, n_prompts).mean(0), study.config.seed)
     human = [study.tokenizer.decode(answer) for answer in many.human]
-    return {"gold": golds.mean(), "gold_low": low, "gold_high": high,
-            "about": np.mean([labeller_file.about(prompt, line) for prompt, line in zip(many.texts, lines)]),
-            "f1": np.mean([overlap_f1(line, person) for line, person in zip(lines, human)])}
+    return golds, {
+        "gold": golds.mean(), "gold_low": low, "gold_high": high,
+        "about": np.mean([labeller_file.about(prompt, line) for prompt, line in zip(many.texts, lines)]),
+        "f1": np.mean([overlap_f1(line, person) for line, person in zip(lines, human)])}
 
 
 def distance_of(study: Study, model, answers: list, temperature: float) -> dict[str, float]:
@@ -226,17 +227,16 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
     one that drew them at that temperature, None for best-of-n and the human lines. Where there are no greedy
     answers, their figures are those of `answers`.
     """
-    sampled, of_greedy = (scores_of(study, chosen) for chosen in (answers, greedy or answers))
+    golds, sampled = scores_of(study, answers)
+    of_greedy = scores_of(study, greedy)[1] if greedy else sampled
     row = {name: sampled[name] for name in ("gold", "gold_low", "gold_high", "about")}
     row |= {"gold_greedy": of_greedy["gold"], "gold_greedy_low": of_greedy["gold_low"],
             "gold_greedy_high": of_greedy["gold_high"]}
     row |= {"about_greedy": of_greedy["about"], "f1_greedy": of_greedy["f1"]}
-    many = repeated(study, len(answers) // len(study.prompts))
-    golds = golds_of(many, answers)
     if study.reward:
-        row["reward"] = rewards_of(many, answers).mean()
-    row["win_human"] = win_rate(study, golds, np.resize(rivals["human"], len(golds)))
-    row["win_sft"] = win_rate(study, golds, rivals["sft"])
+        row["reward"] = rewards_of(repeated(study, len(answers) // len(study.prompts)), answers).mean()
+    for name in ("human", "sft"):
+        row[f"win_{name}"] = win_rate(study, golds, np.resize(rivals[name], len(golds)))
     row["distinct_2"] = distinct([study.tokenizer.decode(answer) for answer in answers[:len(study.prompts)]])
     row["length"] = np.mean([len(answer) for answer in answers])
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])

@@ -221,19 +221,15 @@ def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]
 
 # ---- writing one -------------------------------------------------------------------------------------------
 
-def content_of(tokenizer, merges: list[tuple[bytes, bytes]], pattern: str) -> dict:
+def content_of(tokenizer, ids: list[int], merges: list[tuple[bytes, bytes]], pattern: str) -> dict:
     """A tokenizer.json that encodes as `tokenizer` (a Tokenizer) does, and puts around a text what stands
-    around a source. merges: of its ranks; pattern: of its words. One that a package runs is its own content.
-    (The libraries that read it take text that looks like a special token for one.)
+    around a source. ids and merges: of its ranks; pattern: of its words. (The libraries that read it take
+    text that looks like a special token for one.)
     """
-    settings = tokenizer.settings or {}
-    if "package" in settings:
-        return settings["package"]
     spelling = {byte: character for character, byte in BYTES.items()}
 
     def spell(token: bytes) -> str:
         return "".join(spelling[byte] for byte in token)
-    ids = settings.get("ids") or list(tokenizer.ranks.values())
     names = {i: name for name, i in tokenizer.specials.items()}
     added = [*tokenizer.begin, *tokenizer.source_end]
     around = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in added]

@@ -210,8 +210,11 @@ class Tokenizer:
 
     def published(self) -> dict:
         """The content of a tokenizer.json, as other libraries read it."""
-        pattern = (self.settings or own_settings(self.ranks)).get("pattern") or PATTERN
-        return content_of(self, merges_of(self.ranks), pattern)
+        settings = self.settings or {}
+        if "package" in settings:
+            return settings["package"]
+        ids = settings.get("ids") or list(self.ranks.values())
+        return content_of(self, ids, merges_of(self.ranks), settings.get("pattern") or PATTERN)
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":

@@ -650,7 +650,6 @@ def test_an_exported_tokenizer_is_read_again(structure, tokenizer, tmp_path):
         assert theirs.decode(tokenizer.encode(text)) == text
 
 
-
 @pytest.mark.parametrize("name, objective", [("bart", "next_token"), ("gpt2", "prefix_lm"), ("chatglm", "glm_130b"),
                                              ("chatglm", "glm_document")])
 def test_pretraining_goes_on_from_an_imported_run(name, objective, no_curves, tmp_path, monkeypatch):
