@@ -30,6 +30,7 @@ class Example(NamedTuple):
     human: bool = False                  # in a ranking: the first target was written by a person
     origin: str = ""                     # of a comparison: the file or source that it came from
     mistakes: tuple = ()                 # pairs (w, l) of targets that the labeller takes for l before w
+    side_by_side: bool = False           # each target has a copy of the last source token in front
 
 
 @dataclass
@@ -101,21 +102,23 @@ def _spread(sizes: np.ndarray, n_rows: int) -> list[list[int]]:
 def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer: Tokenizer) -> Batch:
     """Pack examples into rows of about row_length tokens, as balanced_rows does. Targets include their end
     token, where they have one.
+
+    The last source token of a decoder predicts the first token of the first target alone, unless they are
+    side_by_side.
     """
     encdec = structure == "encdec"
-    begin, source_end, target_begin = tokenizer.frame(structure)
-    lengths = [(len(begin + source + source_end), sum(len(target_begin + target) for target in targets),
-                len(targets)) for source, targets, *_ in examples]
+    framed = [_framed(Example(*example), structure, tokenizer) for example in examples]
+    lengths = [(len(source), sum(len(opened + target) for target in example[1]), len(example[1]))
+               for (source, opened, _), example in zip(framed, examples)]
     packed = balanced_rows([(s, t) if encdec else (s + t,) for s, t, _ in lengths], row_length)
     decoder, encoder = _Rows(len(packed), tokenizer), _Rows(len(packed), tokenizer)
     for b, chosen in enumerate(packed):
         for i in chosen:
-            source, targets, blanks = Example(*examples[i])[:3]
-            adjoins = targets and targets[0] and not blanks and not target_begin
-            source = begin + source + ([] if blanks else source_end)         # blanks: it holds masks already
+            (source, opened, copied), (_, targets, blanks) = framed[i], Example(*examples[i])[:3]
+            adjoins = targets and targets[0] and not blanks and not opened
             (encoder if encdec else decoder).add_source(b, i, source, targets[0][0] if adjoins else None)
             for k, target in enumerate(targets, start=1):
-                decoder.add_target(b, i, k, target, blanks, -1 if encdec else len(source) - 1, target_begin)
+                decoder.add_target(b, i, k, target, blanks, 0 if encdec else len(source), opened, copied)
     columns = decoder.tensors()
     columns["positions"] = columns["positions_2d"].sum(0)
     if encdec:
@@ -124,6 +127,38 @@ def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer:
                     "source_positions": of_source["positions_2d"][0]}
     one_per_row = all(len(chosen) == 1 for chosen in packed) and all(k == 1 for _, _, k in lengths)
     return Batch(**columns, one_per_row=one_per_row)
+
+
+def _framed(example: Example, structure: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], bool]:
+    """(the source as a row has it, what stands before each target, whether that is the last source token)."""
+    begin, source_end, opened = tokenizer.frame(structure)
+    source = begin + example.source + ([] if example.blanks else source_end)  # blanks: it holds masks
+    if opened or not example.side_by_side:
+        return source, opened, False
+    return source[:-1], source[-1:], True
+
+
+def answers_of_prompts(prompts: list[list[int]], answers: list[list[int]], structure: str, row_length: int,
+                       tokenizer: Tokenizer) -> list[Example]:
+    """Examples in which every token of every answer is predicted. Neighbours in the list that answer the same
+    prompt share its tokens, and are side by side after it, as many as row_length has room for.
+
+    A decoder predicts the first token of an answer at the last one of its prompt. For several answers that
+    token is repeated, in front of each; under the causal mask this changes nothing. In a prefix decoder the
+    prompt sees that token, which so must stay in it, and a copy would see it twice: there (unless answers
+    begin with a token of their own) each answer has the prompt for itself.
+    """
+    if structure == "prefix" and not tokenizer.frame(structure)[2]:
+        return [Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    examples, used = [], 0
+    for prompt, answer in zip(prompts, answers):
+        if examples and examples[-1].source == prompt and used + len(answer) < row_length:
+            examples[-1].targets.append(answer)
+        else:
+            examples.append(Example(prompt, [answer]))
+            used = len(prompt)
+        used += 1 + len(answer)
+    return [example._replace(side_by_side=len(example.targets) > 1) for example in examples]
 
 
 class _Rows:
@@ -147,9 +182,9 @@ class _Rows:
                  place=range(n), document=document)
 
     def add_target(self, row: int, document: int, part: int, target: list[int], blanks: tuple, start: int,
-                   begin: list[int]) -> None:
-        """start: the place of the last source token in this row, -1 where there is none. begin: what the
-        target has in front.
+                   begin: list[int], copied: bool) -> None:
+        """start: how many source tokens stand before it in this row. begin: what the target has in front;
+        copied: that is the last source token, at its own place.
 
         A target of blanks holds <sop> span <eop> for each. It reads no <eop> and predicts no <sop>; a span
         stands at the place of its mask (GLM, Du et al. 2022, section 2.1).
@@ -162,8 +197,8 @@ class _Rows:
             place = [blanks[span] + first for span in span_of]
             block = [i - place.index(at) + 1 for i, at in enumerate(place)]
         else:
-            tokens, place = begin + target, start
-            following, block = tokens[1:], range(1, 1 + len(tokens))
+            tokens, place = begin + target, start - (not copied)
+            following, block = tokens[1:], range(not copied, (not copied) + len(tokens))
         n, counted, given = len(tokens), len(following), 0 if blanks else len(begin[1:])
         self.add(row, n, tokens=tokens, targets=following + [0] * (n - counted), place=place, block=block,
                  loss_mask=[False] * given + [True] * (counted - given) + [False] * (n - counted),
@@ -368,6 +403,12 @@ def require_tokens(pieces: list[list[int]], at_least: int, config) -> None:
     if n < at_least:
         raise UserError(f"the text has {n:,} tokens; one step wants batch_size x context = {at_least:,}: "
                         "lower one of them, or bring more text")
+
+
+def answer_of_token(batch: Batch, where_BT: Tensor) -> Tensor:
+    """(N,) which answer of the batch each of these tokens writes, counted through all prompts."""
+    part_BT = batch.part.clamp(min=1)                # the last prompt token predicts the first one of part 1
+    return (batch.document * (part_BT.max() + 1) + part_BT)[where_BT].unique(return_inverse=True)[1]
 
 
 def by_prompt(values_N: Tensor, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ Policy gradients ask nothing of a reward but its value: it need not be different
 """
 import importlib.util
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Callable
 
@@ -46,17 +47,24 @@ def load_function(name: str) -> Callable[[str, str], float]:
 
 
 def texts_of(batch: data.Batch, tokenizer: Tokenizer) -> dict[int, tuple[str, str]]:
-    """document -> (prompt, response): what a packed batch holds, as text without special tokens."""
-    rows = [(batch.tokens, batch.document, batch.part)]
-    if batch.source is not None:
-        rows.append((batch.source, batch.source_document, torch.zeros_like(batch.source)))
-    tokens: dict[int, tuple[list, list]] = {}
-    for columns in rows:
-        for token, document, part in zip(*(column.flatten().tolist() for column in columns)):
-            if document >= 0 and token in tokenizer.text:
-                tokens.setdefault(document, ([], []))[part].append(token)
-    return {document: (tokenizer.decode(prompt), tokenizer.decode(response))
-            for document, (prompt, response) in tokens.items()}
+    """Answer -> (prompt, response): what a packed batch holds, as text without special tokens."""
+    if batch.source is None:
+        in_source = (batch.part == 0) & (batch.document >= 0)
+        sources = batch.document[in_source], batch.tokens[in_source]
+    else:
+        sources = batch.source_document[batch.source_document >= 0], batch.source[batch.source_document >= 0]
+    prompts, texts = defaultdict(list), {}
+    for document, token in zip(*(column.tolist() for column in sources)):
+        prompts[document].append(token)
+    here = batch.loss_mask
+    columns = (data.answer_of_token(batch, here), batch.document[here], batch.part[here], batch.tokens[here],
+               batch.targets[here])
+    for answer, document, part, token, target in zip(*(column.tolist() for column in columns)):
+        if answer not in texts:              # in front of it stands the prompt's last token, or <bos>
+            texts[answer] = prompts[document] + [token] * (part > 0), []
+        texts[answer][1].append(target)
+    return {answer: tuple(tokenizer.decode([token for token in tokens if token in tokenizer.text])
+                          for tokens in pair) for answer, pair in texts.items()}
 
 
 class RewardFunction(torch.nn.Module):
@@ -67,9 +75,9 @@ class RewardFunction(torch.nn.Module):
         self.name, self.function, self.tokenizer = name, load_function(name), tokenizer
 
     def forward(self, batch: data.Batch, masks, where_BT: Tensor) -> Tensor:
-        """Scores (N,) of the documents that stand where `where` is True, row by row."""
+        """Scores (N,) of the answers that stand where `where` is True, row by row."""
         texts = texts_of(batch, self.tokenizer)
-        scores = [self.score(*texts[document]) for document in batch.document[where_BT].tolist()]
+        scores = [self.score(*texts[answer]) for answer in data.answer_of_token(batch, where_BT).tolist()]
         return torch.tensor(scores, device=where_BT.device)
 
     def score(self, prompt: str, response: str) -> float:

@@ -45,23 +45,23 @@ class Config:
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
     kl_estimator: str = "k1"            # of a token's KL, in the reward: k1, k2, k3
     whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
-    advantage: str = "gae"              # gae (with a value model); rloo, grpo (answers compared) want samples
-    samples: int = 1                    # answers to each prompt
+    advantage: str = "gae"              # gae (with a value model); rloo, grpo: answers to a prompt compared
+    samples: int = 4                    # answers to each prompt, side by side in its row
     gamma: float = 1.0                  # discount per token
     lam: float = 0.95                   # lambda of generalised advantage estimation
     ratio_clip: float = 0.2             # the policy's probability ratio is clipped to 1 +- this
     value_clip: float = 0.2             # the value may move this far from its old value
     value_init: str = "reward"          # weights of the value model: reward; sft, under a head of zeros
     value_lr: float = 5e-4              # highest learning rate of the value model
-    ptx: float = 0.4                    # weight of the language-model loss on human answers, 0: none
+    ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
     kl_stop: float = 0.0                # end them where the policy has moved this far, nats a token, 0: never
-    minibatch_size: int = 32            # answers in an optimizer step
+    minibatch_size: int = 64            # answers in an optimizer step
     temperature: float = 1.0            # of the samples
     max_new: int = 40                   # tokens of a sample at most
     steps: int = 32                     # iterations: sample, score, learn
-    batch_size: int = 128               # answers an iteration, all ranks together
+    batch_size: int = 256               # answers an iteration, all ranks together
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 144                      # tokens of a packed row, about: several sequences share one
     lr: float = 5e-4                    # highest learning rate
@@ -307,7 +307,7 @@ def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers
     Learning reads the very same layout, so on the first minibatch the ratio is 1 to the last bit.
     """
     structure = common.unwrap(model.policy).config.structure
-    examples = [data.Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    examples = data.answers_of_prompts(prompts, answers, structure, config.row, loaded.tokenizer)
     batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
     batch_masks, actions_BT = masks.of_batch(structure, batch), batch.loss_mask
     targets_N = batch.targets[actions_BT]
@@ -358,14 +358,14 @@ def whiten_together(run: common.Run, rollouts: list[Rollout], name: str, shift_m
 
 def compare_answers(config: Config, rollouts: list[Rollout]) -> None:
     """RLOO or GRPO: the other answers to the prompt take the value model's place."""
-    documents = [r.batch.document[r.actions] for r in rollouts]            # (N,) answer of each token
-    totals = [torch.zeros(int(document_N.max()) + 1, device=document_N.device)
-              .index_add(0, document_N, r.rewards[r.actions]) for r, document_N in zip(rollouts, documents)]
+    answers = [data.answer_of_token(r.batch, r.actions) for r in rollouts]                          # (N,)
+    totals = [torch.zeros(int(answer_N.max()) + 1, device=answer_N.device)
+              .index_add(0, answer_N, r.rewards[r.actions]) for r, answer_N in zip(rollouts, answers)]
     compare = {"rloo": objectives.leave_one_out, "grpo": objectives.group_relative}[config.advantage]
     advantages_PK = compare(torch.cat(totals).view(-1, config.samples))
     parts = advantages_PK.flatten().split([len(total) for total in totals])
-    for r, document_N, part in zip(rollouts, documents, parts):
-        r.advantages = torch.zeros_like(r.rewards).masked_scatter(r.actions, part[document_N])
+    for r, answer_N, part in zip(rollouts, answers, parts):
+        r.advantages = torch.zeros_like(r.rewards).masked_scatter(r.actions, part[answer_N])
         r.returns = r.values
 
 

@@ -49,8 +49,8 @@ def tokenizer() -> tokenizer_file.Tokenizer:
 @pytest.fixture
 def random_model(tokenizer):
     """A small fp32 model, every weight random: as built, the output projections are zero and hide bugs."""
-    def make(structure: str, layers: int = 1, heads: int = 4, kv_heads: int = 2, width: int = 32):
-        config = networks.ModelConfig(structure, tokenizer.vocab, layers, heads, kv_heads, width)
+    def make(structure: str, layers: int = 1, heads: int = 4, kv_heads: int = 2, width: int = 32, **more):
+        config = networks.ModelConfig(structure, tokenizer.vocab, layers, heads, kv_heads, width, **more)
         model = networks.build(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:

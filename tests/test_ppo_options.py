@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,46 @@ def test_what_is_scored_is_what_is_sampled(structure, temperature, random_model,
     assert not never & {token for answer in answers for token in answer}
 
 
+# ---- answers that share their prompt -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("structure, positions", [(structure, positions) for structure in STRUCTURES
+                                                  for positions in ("rope", "learned", "rope2d")
+                                                  if (structure, positions) != ("encdec", "rope2d")])
+def test_answers_that_share_their_prompt_are_scored_as_alone(structure, positions, random_model, tokenizer):
+    """Log-probabilities, values and rewards of every answer, read side by side and alone."""
+    policy, reference, value, reward = (
+        random_model(structure, positions=positions, max_positions=64 * (positions == "learned")) for _ in range(4))
+    model = SimpleNamespace(policy=policy, reference=reference, value=networks.ScalarModel(value),
+                            reward=networks.ScalarModel(reward))
+    prompts = [prompt for prompt, n in (([5, 6, 7], 3), ([9], 2), ([8, 6], 1), ([], 2)) for _ in range(n)]
+    answers = [random_tokens(k % 4) + [tokenizer.end if k % 3 else 11] for k in range(len(prompts))]
+    found, computed = {}, {}
+    for row in (1, 40):
+        config = train_ppo.Config(row=row)
+        with torch.no_grad():
+            r = train_ppo.score(config, RUN, loaded_with(tokenizer), model, prompts, answers)
+        order = np.lexsort((r.batch.positions[r.actions], data.answer_of_token(r.batch, r.actions)))
+        found[row] = [getattr(r, name)[r.actions][order] for name in ("logprobs", "ref_logprobs", "values", "scores")]
+        assert r.batch.targets[r.actions][order].tolist() == sum(answers, [])
+        computed[row] = r.batch.padding()[1] - r.batch.padding()[0]
+    for alone, together in zip(found[1], found[40]):
+        torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+    # <bos> 5 6 7 is read once and not three times; by a decoder but for its last token
+    assert computed[1] - computed[40] == {"causal": 2 * 3 + 1, "prefix": 0, "encdec": 2 * 4 + 2 + 1}[structure]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_an_own_reward_reads_whole_texts(structure, tokenizer):
+    """texts_of: prompt and response of every answer, in the order of the list, whatever the layout."""
+    prompts = [tokenizer.encode(text) for text in ("read the row", "read the row", "close", "read the row")]
+    answers = [tokenizer.encode(text) + [tokenizer.end] for text in ("Read it.", "Read the row.", "Close it.", "No.")]
+    for row in (1, 200):
+        examples = data.answers_of_prompts(prompts, answers, structure, row, tokenizer)
+        batch = data.lay_out(examples, structure, row, tokenizer)
+        texts = own_reward.texts_of(batch, tokenizer)
+        assert [texts[i] for i in range(4)] == [(tokenizer.decode(p), tokenizer.decode(a)) for p, a in zip(prompts, answers)]
+
+
 # ---- rewards -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("advantage, equation", [("rloo", objectives.leave_one_out),
@@ -68,8 +109,10 @@ def test_answers_of_a_prompt_are_compared(advantage, equation, random_model, tok
     train_ppo.estimate_advantages(config, RUN, rollouts, config.beta)
     sums, advantages = [], []
     for r in rollouts:
-        for document in range(4):
-            here = r.actions & (r.batch.document == document)
+        answer_BT = torch.full_like(r.batch.part, -1)
+        answer_BT[r.actions] = data.answer_of_token(r.batch, r.actions)
+        for answer in range(4):
+            here = answer_BT == answer
             kl = (r.logprobs - r.ref_logprobs)[here].sum()
             sums.append(r.scores[here].sum() - 0.3 * kl)
             assert r.advantages[here].unique().numel() == 1

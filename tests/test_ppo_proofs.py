@@ -16,6 +16,7 @@ knows it the advantages vanish there: sampling noise does not keep a correct PPO
 """
 import itertools
 import math
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,16 @@ def histories(tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tens
                for back in range(LONGEST + 1))
 
 
+def histories_of(batch: data.Batch) -> torch.Tensor:
+    """The same for packed rows: what came `back` tokens before is what the causal mask shows at that place."""
+    B, T = batch.tokens.shape
+    allowed_BTS = masks.dense(masks.predicates("causal", batch).attention, B, T, T)[:, 0]
+    back_BTS = batch.positions[:, :, None] - batch.positions[:, None, :]
+    number_BT = (1 + batch.tokens) * (batch.positions > 0)
+    return sum(5 ** back * ((allowed_BTS & (back_BTS == back)) * number_BT[:, None]).sum(-1)
+               for back in range(LONGEST + 1))
+
+
 class Table(torch.nn.Module):
     """A causal decoder without a network: n numbers for every history. Called as model.LanguageModel."""
 
@@ -70,7 +81,7 @@ class Table(torch.nn.Module):
         torch.nn.init.normal_(self.embedding.weight, std=scale)
 
     def forward(self, batch, batch_masks, where_BT):
-        return self.embedding(histories(batch.tokens, batch.positions)[where_BT])
+        return self.embedding(histories_of(batch)[where_BT])
 
     def decode(self, tokens_BT, positions_BT, mask, cache):
         """generate() reads one token at a time; where others keep keys and values, this keeps the tokens."""
@@ -90,18 +101,23 @@ class TableValue(Table):
         return super().forward(batch, batch_masks, where_BT).squeeze(1)
 
 
-def texts(batch: data.Batch) -> list:
-    """(prompt, answer) of every document, read from the rows of whatever layout."""
-    found = [([], []) for _ in range(int(batch.document.max()) + 1)]
+def texts(batch: data.Batch) -> dict:
+    """(document, part) -> (prompt, answer), read from the rows of whatever layout."""
+    found = defaultdict(list)
     rows = [(batch.tokens, batch.document, batch.part)]
     if batch.source is not None:
         rows.append((batch.source, batch.source_document, torch.zeros_like(batch.source)))
     for columns in rows:
         for token, document, part in zip(*(column.flatten().tolist() for column in columns)):
-            if document >= 0:
-                found[document][part].append(token)
-    begins = batch.source is not None                                      # the target has a <bos> of its own
-    return [(tuple(prompt[1:]), tuple(answer[begins:])) for prompt, answer in found]
+            found[document, part].append(token)
+    answers = {}
+    for (document, part), tokens in found.items():
+        if document >= 0 and part > 0:
+            # <bos> and the prompt have one length; what exceeds it is the answer, whatever part it stands in
+            whole = found[document, 0][1:] + tokens[batch.source is not None:]
+            n = len(PROMPTS[0])
+            answers[document, part] = tuple(whole[:n]), tuple(whole[n:])
+    return answers
 
 
 class Reward(torch.nn.Module):
@@ -112,8 +128,8 @@ class Reward(torch.nn.Module):
         self.rewards = rewards
 
     def forward(self, batch, batch_masks, where_BT):
-        found = texts(batch)
-        return torch.tensor([self.rewards[found[document]] for document in batch.document[where_BT].tolist()])
+        found, where = texts(batch), (batch.document[where_BT].tolist(), batch.part[where_BT].tolist())
+        return torch.tensor([self.rewards[found[at]] for at in zip(*where)])
 
 
 def world(structure: str, max_new: int) -> tuple[train_ppo.FourModels, torch.Tensor]:
@@ -351,7 +367,7 @@ class Replay(torch.nn.Module):
         self.outputs = torch.nn.Parameter(outputs.clone())
 
     def forward(self, batch, batch_masks, where_BT):
-        return self.outputs[batch.document[where_BT], batch.positions[where_BT] - len(PROMPTS[0])]
+        return self.outputs[data.answer_of_token(batch, where_BT), batch.positions[where_BT] - len(PROMPTS[0])]
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -372,7 +388,7 @@ def test_train_ppo_equals_trl(update):
         answers = [g.responses[i][g.mask[i]].tolist() for i in at]
         model = SimpleNamespace(policy=Replay(g.old_logits[at]), reference=Replay(g.ref_logits[at]),
                                 value=Replay(g.values[at]), reward=lambda batch, _, where:
-                                before_penalty[at][batch.document[where]].float())
+                                before_penalty[at][data.answer_of_token(batch, where)].float())
         rollouts.append(train_ppo.score(config, RUN, SimpleNamespace(tokenizer=tokenizer), model,
                                         [list(PROMPTS[0])] * len(at), answers))
         assert len(rollouts[-1].batch.tokens) < len(at)                    # packed: several answers in a row
@@ -380,8 +396,8 @@ def test_train_ppo_equals_trl(update):
     n = int(g.mask.sum())
     bessel = ((n - 1) / n) ** 0.5
     for r, at in zip(rollouts, minibatches):
-        documents, places = r.batch.document[r.actions], r.batch.positions[r.actions] - len(PROMPTS[0])
-        where = torch.tensor(at)[documents], places
+        answers, places = data.answer_of_token(r.batch, r.actions), r.batch.positions[r.actions] - len(PROMPTS[0])
+        where = torch.tensor(at)[answers], places
         close(r.advantages[r.actions] * bessel, g.advantages[where])
         close(r.returns[r.actions], g.returns[where])
 

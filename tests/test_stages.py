@@ -68,7 +68,8 @@ def stage_configs(structure: str, package: Path, runs: Path) -> list:
             steps=4, batch_size=4, warmup=2, eval_size=5)),
         (train_ppo.main, train_ppo.Config(
             **common_flags, init=str(runs / "sft"), reward=str(runs / "rm"), out=str(runs / "ppo"), steps=4,
-            batch_size=8, minibatch_size=4, ptx_size=4, max_new=8, warmup=2, eval_size=5, kl_target=1.0)),
+            batch_size=8, minibatch_size=4, samples=2, ptx_size=4, max_new=8, warmup=2, eval_size=5,
+            kl_target=1.0)),
         (train_dpo.main, train_dpo.Config(
             **common_flags, init=str(runs / "sft"), out=str(runs / "dpo"), prompts=20, answers=4, max_new=8,
             steps=4, batch_size=4, warmup=2, eval_size=5)),
@@ -156,7 +157,7 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
 
 
 @pytest.mark.parametrize("flags, fragment", [
-    (("--advantage", "guess"), "guess"), (("--advantage", "rloo"), "at least 2"),
+    (("--advantage", "guess"), "guess"), (("--advantage", "rloo", "--samples", "1"), "at least 2"),
     (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
     (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size"),
     (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
