@@ -59,12 +59,14 @@ def latest(folder: Path, step: int | None = None) -> dict | None:
     """The newest checkpoint that can be read, or that of `step`; None where there is none. A damaged file is
     said and passed over.
     """
-    for step in reversed(steps_of(folder)) if step is None else [step]:
+    steps = steps_of(folder) if step is None else [step]
+    for step in reversed(steps):
         path = Path(folder) / f"checkpoint-{step:07d}.pt"
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            print(f"{path} cannot be read ({str(error).splitlines()[0]}); trying the one before it")
+            print(f"{path} cannot be read ({str(error).splitlines()[0]})"
+                  + "; trying the one before it" * (step != steps[0]))
     return None
 
 
@@ -106,12 +108,18 @@ def load_tokenizer(folder: str, first: str) -> Tokenizer:
     """The tokenizer of a finished stage. first: the command to run where there is none."""
     if not steps_of(Path(folder)):
         raise UserError(f"{folder} holds no checkpoint; first run: {first}")
-    return Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+    try:
+        return Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {folder} cannot be read: {error}") from None
 
 
 def held_out_names(folder: str) -> set[str]:
     """The names that a stage has held out, and every later stage holds out too."""
-    return set(json.loads((Path(folder) / "held_out.json").read_text()))
+    try:
+        return set(json.loads((Path(folder) / "held_out.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"which names {folder} has held out cannot be read: {error}") from None
 
 
 def open_folder(folder: Path, config) -> dict | None:

@@ -23,6 +23,7 @@ import hardware
 from common import apply_tiny
 from errors import Fault, UserError
 
+METAVAR = {str: "TEXT", int: "N", float: "X"}
 GOES_ON = "the same command, without --overwrite, goes on from the last checkpoint"
 
 
@@ -42,7 +43,7 @@ def parse(config_class, argv: list[str], description: str):
             parser.add_argument(f"--{field.name}", action="store_true", default=field.default, help=help_text)
         else:
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=help_text,
-                                metavar="")
+                                metavar=METAVAR[field.type])
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -71,6 +72,8 @@ def run(main, config_class, description: str) -> None:
         sys.exit(_say(error, 1))
     except BrokenPipeError:                  # whoever read our output has seen enough
         sys.stdout = open(os.devnull, "w")
+    except OSError as error:                 # a full disk, a folder that is a file, no permission
+        sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"interrupted; {GOES_ON}", 128 + signal.SIGINT))
     except RuntimeError:

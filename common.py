@@ -118,10 +118,14 @@ class Run:
             self.print("\n".join(texts[:2]))
 
 
-def passed_on(config, flag: str = "") -> str:
-    """What the next command has to be told: --tiny, and by `flag` a run folder other than the usual."""
-    usual = (type(config).out, config.TINY["out"])
-    return f" {flag} {config.out}" * (bool(flag) and config.out not in usual) + " --tiny" * config.tiny
+def passed_on(config, flag: str, *kept: str) -> str:
+    """What the next command has to be told: by `flag` a run folder other than the usual, the fields `kept`
+    where they are not the usual either, and --tiny.
+    """
+    flags = {flag: "out", **{f"--{name}": name for name in kept}}
+    told = [f" {flag} {getattr(config, name)}" for flag, name in flags.items()
+            if getattr(config, name) not in (getattr(type(config), name), config.TINY.get(name))]
+    return "".join(told) + " --tiny" * config.tiny
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -166,17 +170,20 @@ def apply_tiny(config) -> None:
 
 def check(config) -> None:
     for name in ("steps", "batch_size", "context", "row", "epochs", "minibatch_size", "ptx_size", "max_new",
-                 "eval_size"):
+                 "eval_size", "prompts"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
-                 "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip", "value_clip"):
-        if getattr(config, name, 0) < 0:
-            raise UserError(f"{name} is {getattr(config, name)}; it must not be negative")
+                 "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip", "value_clip",
+                 "value_lr", "adam_eps", "ptx", "no_end", "score_clip"):
+        if not getattr(config, name, 0) >= 0:                          # nan is not either
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 0")
+    if getattr(config, "max_new", 0) >= config.context:
+        raise UserError(f"max_new {config.max_new} leaves no room for a prompt in context {config.context}")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name, 1) <= 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
-    if getattr(config, "temperature", 1) <= 0:
+    if not getattr(config, "temperature", 1) > 0:
         raise UserError(f"temperature is {config.temperature}; it must be above 0: answers are drawn")
     if config.keep < 1:
         raise UserError(f"keep is {config.keep}; at least 1 checkpoint must be kept")

@@ -102,7 +102,7 @@ def scores_of_answers(config: Config, sft: train_sft.Config) -> dict:
     for name, temperature in (("gold", 1.0), ("gold_greedy", 0.0)):
         answers = generate(model, prompts, loaded.tokenizer, 40, temperature,
                            generator=torch.Generator(run.device).manual_seed(1))
-        scores[name] = float(np.mean([judge.gold(decode(p), decode(a)) for p, a in zip(prompts, answers)]))
+        scores[name] = float(np.mean(judge.golds(map(decode, prompts), map(decode, answers))))
     about = [labeller.about(decode(p), decode(a)) for p, a in zip(prompts, answers)]
     return {**scores, "about_greedy": float(np.mean(about))}
 
@@ -134,6 +134,9 @@ def table_of(results: list[dict]) -> str:
 def main(config: Config) -> list[dict]:
     """All rows and seeds; those that results.jsonl holds already are not run again."""
     common.apply_tiny(config)
+    if config.seeds < 1:
+        raise UserError(f"seeds is {config.seeds}; it must be at least 1")
+    train, _ = corpus.split(corpus.load_records(config.data, config.tiny))
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
@@ -145,7 +148,6 @@ def main(config: Config) -> list[dict]:
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["structure"], row["objective"], row["seed"]) for row in results}
     wanted = [(*row, seed) for seed in range(1, config.seeds + 1) for row in ROWS if (*row, seed) not in done]
-    train, _ = corpus.split(corpus.load_records(config.data, config.tiny))
     vocab = train_pretrain.Config.TINY["vocab"] if config.tiny else train_pretrain.Config.vocab
     data.tokenizer_for(train, vocab)             # once, and not by every worker at the same time
     workers = hardware.cores() if hardware.choose_device(config.device).type == "cpu" else 1

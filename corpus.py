@@ -193,6 +193,7 @@ def without_doubles(found: list[dict]) -> list[dict]:
 
 ACCEPTED = ("text", "prompt + chosen + rejected", "chosen + rejected", "prompt + response",
             "prompt + completion", "instruction + output", "messages", "prompt")
+TEXTS = ("", ".txt", ".text", ".md", ".rst")             # suffixes of what is read as it is
 TURN = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\n"}    # as hh-rlhf writes them
 
 
@@ -221,13 +222,16 @@ def load_place(path: str) -> list[Record]:
     if not place.exists():
         raise UserError(f"--data {path}: there is no such file")
     if place.is_dir() or place.suffix == ".py":
-        records = scan(python_files(place, place.stem))
-    else:
-        try:
-            content = place.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--data {path}: byte {error.start} is not UTF-8; convert the file") from None
-        records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
+        if records := scan(python_files(place, place.stem)):
+            return records
+        raise UserError(f"--data {path}: it holds no docstrings" + " and no .jsonl" * place.is_dir())
+    if place.suffix not in (".jsonl", *TEXTS):
+        raise UserError(f"--data {path}: a file must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
+    try:
+        content = place.read_text(encoding="utf-8-sig")                # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: byte {error.start} is not UTF-8; convert the file") from None
+    records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
     if not records:
         raise UserError(f"--data {path}: it is empty")
     return records
@@ -283,6 +287,8 @@ def fields_of(row: dict) -> list[dict[str, str]]:
     keys = set(row)
     if "messages" in keys:
         return pairs_of_dialogue(row["messages"])
+    if isinstance(row.get("chosen"), list) and "rejected" in keys:
+        return [compared_dialogues(row.get("prompt", []), row["chosen"], row["rejected"])]
     if {"instruction", "output"} <= keys:
         more = f"\n\n{row['input']}" if row.get("input") else ""
         return [{"prompt": text("instruction") + more + "\n", "response": text("output")}]
@@ -310,6 +316,16 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
     if not pairs:
         raise ValueError("'messages' holds no reply of the assistant")
     return pairs
+
+
+def compared_dialogues(prompt: list, chosen: list, rejected: list) -> dict[str, str]:
+    """Lists of messages that differ in their last reply; what they share may stand in `prompt`."""
+    if not all(isinstance(messages, list) for messages in (prompt, rejected)):
+        raise ValueError("'chosen' is a list of messages; 'rejected', and 'prompt' where there is one, must be too")
+    better, worse = (pairs_of_dialogue(prompt + replies)[-1] for replies in (chosen, rejected))
+    if better["prompt"] != worse["prompt"]:
+        raise ValueError("'chosen' and 'rejected' must be one dialogue with two last replies")
+    return {"prompt": better["prompt"], "chosen": better["response"], "rejected": worse["response"]}
 
 
 def common_prompt(chosen: str, rejected: str) -> dict[str, str]:

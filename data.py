@@ -348,6 +348,11 @@ def texts_of(records: list[Record]) -> list[str]:
     return [record.text or record.prompt + (record.response or record.chosen or "") for record in records]
 
 
+def tokenizer_without_merges() -> Tokenizer:
+    """Bytes and special tokens: what every tokenizer trained here has."""
+    return Tokenizer(train_bpe([], 256 + len(SPECIALS)))
+
+
 def tokenizer_for(records: list[Record], vocab: int) -> Tokenizer:
     """A tokenizer trained on these texts, cached by their content. Of much text an even sample is enough."""
     texts = texts_of(records)
@@ -364,7 +369,9 @@ def pieces(tokenizer: Tokenizer, records: list[Record], context: int) -> list[li
     """Every text as tokens and its end token, cut into pieces that fit into `context` tokens with what stands
     around them.
     """
-    cut, room = [], max(1, context - tokenizer.around)
+    if context <= tokenizer.around:
+        raise UserError(f"context {context} has no room for text: {tokenizer.around} tokens stand around it")
+    cut, room = [], context - tokenizer.around
     for tokens in tokenizer.encode_all(texts_of(records)):
         tokens = tokens + [tokenizer.end]
         cut += [tokens[i:i + room] for i in range(0, len(tokens), room)]

@@ -164,7 +164,7 @@ def kl_of_best(n: int) -> float:
 
 def golds_of(study: Study, answers: list[list[int]]) -> np.ndarray:
     lines = [study.tokenizer.decode(answer) for answer in answers]
-    return np.array([study.labeller.gold(prompt, line) for prompt, line in zip(study.texts, lines)])
+    return np.array(study.labeller.golds(study.texts, lines))
 
 
 def interval(values: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float]:
@@ -325,7 +325,7 @@ def draw(report: dict, path: Path) -> None:
     figure = Figure(figsize=(11, 3.8))
     left, right = figure.subplots(1, 2)
     shown = [row for row in ROWS if row in report]
-    for k, (name, label) in enumerate((("gold", "sampled at temperature 1"), ("gold_greedy", "greedy"))):
+    for k, (name, label) in enumerate((("gold", "sampled at temperature 1 (sft_cool: lower)"), ("gold_greedy", "greedy"))):
         rows = [row for row in shown if name == "gold" or row in ("base", "sft", "dpo", "ppo")]
         x = [shown.index(row) + 0.18 * (2 * k - 1) for row in rows]
         y = np.array([report[row][name] for row in rows])
@@ -367,11 +367,12 @@ def main(config: Config) -> dict:
             + f"Reward model: {accuracy}." * bool(accuracy) + f"\n\n![report](report.png)\n\n"
             f"## Ten of them, with the labeller's score\n\n{shown}\n")
     draw(report, folder / "report.png")
+    last = [name for name in ("sft", "dpo", "ppo") if name in report][-1]
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(folder / "report.md", text.encode())
     print(text)
     print(f"written: {folder}/report.md, report.json, report.png. "
-          f'Next: python generate.py --run {folder}/ppo --prompt "def area(width, height):"')
+          f'Next: python generate.py --run {folder}/{last} --prompt "def area(width, height):"')
     return report
 
 

@@ -4,6 +4,7 @@
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
     python generate.py --run runs/ppo                                             asks for prompts
 """
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import data
 import hardware
 import masks
 from checkpoint import load_language_model, load_tokenizer
-from corpus import function_name, function_prompt
+from corpus import function_name, function_prompt, load_records
 from errors import UserError
 from model import KVCache, LanguageModel
 from tokenizer import Tokenizer
@@ -238,7 +239,7 @@ def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]
 class Config:
     run: str = "runs/ppo"               # run folder of the model: runs/pretrain, runs/sft, runs/ppo
     prompt: str = ""                    # one prompt; a function signature gets its line of words
-    prompts: str = ""                   # a file with one prompt a line
+    prompts: str = ""                   # a file with one prompt a line, or a .jsonl as the stages read it
     samples: int = 1                    # answers to every prompt
     max_new: int = 64                   # tokens of an answer at most
     temperature: float = 1.0            # 0 takes the most likely token
@@ -253,9 +254,15 @@ def as_trained(prompt: str) -> str:
     return function_prompt(prompt) if function_name(prompt) and "\n" not in prompt.strip() else prompt
 
 
+def trained_context(folder: str) -> int:
+    """Tokens of the longest sequence in a stage's training; 0 where the folder does not tell."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()).get("context", 0) if path.exists() else 0
+
+
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
-    if config.temperature < 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
+    if not config.temperature >= 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
         raise UserError("temperature and top_k must not be negative, and top_p lies above 0 and up to 1")
     if config.max_new < 1 or config.samples < 1:
         raise UserError("max_new and samples must be at least 1")
@@ -264,12 +271,15 @@ def main(config: Config) -> list[str]:
     device = hardware.choose_device(config.device)
     tokenizer = load_tokenizer(config.run, first="python train_pretrain.py")
     model = load_language_model(config.run).to(device)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator, read = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
 
     def answer(prompts: list[str]) -> list[str]:
         prompts = [as_trained(prompt) for prompt in prompts for _ in range(config.samples)]
-        answers = generate(model, [tokenizer.encode(prompt) for prompt in prompts], tokenizer, config.max_new,
-                           config.temperature, config.top_k, config.top_p, generator)
+        tokens = [tokenizer.encode(prompt) for prompt in prompts]
+        if read and (longest := max(map(len, tokens)) + tokenizer.around) > read:
+            print(f"note: {longest} tokens are more than {config.run} has ever read, {read}", file=sys.stderr)
+        answers = generate(model, tokens, tokenizer, config.max_new, config.temperature, config.top_k,
+                           config.top_p, generator)
         texts = [tokenizer.decode(tokens) for tokens in answers]
         for prompt, text in zip(prompts, texts):
             print(f"{prompt.rstrip()}\n{text}\n" if config.prompts else text)
@@ -277,6 +287,8 @@ def main(config: Config) -> list[str]:
 
     if config.prompt:
         return answer([config.prompt])
+    if config.prompts.endswith(".jsonl"):
+        return answer([record.prompt or record.text for record in load_records(config.prompts)])
     if config.prompts:
         try:
             lines = Path(config.prompts).read_text(encoding="utf-8").split("\n")

@@ -86,7 +86,10 @@ def recorded(config) -> dict:
     """What a run that this one goes on with has written into its config.json; empty where there is none."""
     path = Path(config.out) / "config.json"
     goes_on = path.exists() and not config.overwrite and config.resume != "never"
-    return json.loads(path.read_text()) if goes_on else {}
+    try:
+        return json.loads(path.read_text()) if goes_on else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def choose_ranks(config) -> int:

@@ -9,6 +9,7 @@ score.
 import hashlib
 import re
 from collections import Counter
+from typing import Iterable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -144,6 +145,9 @@ class Labeller:
         parts = self.parts(prompt, line.strip())
         return sum(WEIGHTS[name] * value for name, value in parts.items()) / sum(WEIGHTS.values())
 
+    def golds(self, prompts: Iterable[str], lines: Iterable[str]) -> list[float]:
+        return [self.gold(prompt, line) for prompt, line in zip(prompts, lines)]
+
     def rank(self, prompt: str, answers: list[str]) -> list[float]:
         """What a labeller returns for the answers to a prompt: an order, here as the scores that it
         follows.
@@ -178,6 +182,9 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft, labelle
     pairs = data.token_rows(run, tokenizer, [r for r in records if r.response], ("prompt", "response"),
                             config.context - config.max_new)
     n, mismatched = config.answers - 1, config.mismatched * training
+    if sum(bool(function_name(record.prompt)) for record in records if record.response) < len(pairs) / 2:
+        run.print("note: these prompts are no function signatures, and the simulated labeller ranks one-line "
+                  "descriptions of functions; bring comparisons of your own (prompt + chosen + rejected)")
     prompts = [pair.source for pair in pairs for _ in range(n)]
     samples = generate_many(run, sft, prompts, tokenizer, config.max_new, config.temperature, config.seed)
     for i, pair in enumerate(pairs):

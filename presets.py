@@ -68,7 +68,7 @@ class ModelConfig:
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
         if not self.head_width and self.width % self.heads:
-            raise UserError(f"heads {self.heads} must divide width {self.width}, unless head_width is given")
+            raise UserError(f"heads {self.heads} must divide width {self.width}")
         default = 32 * math.ceil(8 * self.width / 3 / 32) if self.ffn in GATED else 4 * self.width
         self.ffn_width = self.ffn_width or default
         self.head_width = self.head_width or self.width // self.heads

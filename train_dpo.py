@@ -40,12 +40,12 @@ class Config:
     prompts: int = 8000                 # prompts whose answers are ranked
     answers: int = 5                    # answers to each, the human one among them: the paper's K
     mismatched: int = 1                 # human answers to other prompts, ranked among them in training
-    temperature: float = 1.0            # of the samples
+    temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
     label_noise: float = 0.0            # share of training comparisons in the wrong order; people: 0.13-0.16
     steps: int = 500                    # optimizer steps
     batch_size: int = 16                # sequences a step, all ranks together; here prompts with all answers
-    context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
+    context: int = 128                  # tokens of prompt and answer at most; max_new of them the answer's
     row: int = 256                      # tokens of a packed row, about: several sequences share one
     lr: float = 1e-4                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
@@ -191,8 +191,7 @@ def evaluate_samples(config: Config, run: common.Run, loaded: Data, model) -> di
     for name, temperature in (("eval_gold_greedy", 0.0), ("eval_gold", 1.0)):
         answers = generate_many(run, model, prompts, loaded.tokenizer, config.max_new, temperature,
                                 config.seed)
-        golds = [loaded.labeller.gold(decode(prompt), decode(answer))
-                 for prompt, answer in zip(prompts, answers)]
+        golds = loaded.labeller.golds(map(decode, prompts), map(decode, answers))
         result[name] = float(np.mean(golds))
     kl, samples = 0.0, [data.Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
     for start in range(0, len(samples), 64):

@@ -11,6 +11,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Config:
     score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
     beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
-    kl_estimator: str = "k1"            # of a token's KL, in the reward: k1, k2, k3
+    kl_estimator: str = "k1"            # what the reward is charged as a token's KL: k1, k2, k3
     whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
     advantage: str = "gae"              # gae (with a value model); rloo, grpo: answers to a prompt compared
     samples: int = 4                    # answers to each prompt, side by side in its row
@@ -56,13 +57,13 @@ class Config:
     ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
-    kl_stop: float = 0.0                # end them where the policy has moved this far, nats a token, 0: never
+    kl_stop: float = 0.0                # no more updates once it has moved so many nats a token, 0: go on
     minibatch_size: int = 64            # answers in an optimizer step
-    temperature: float = 1.0            # of the samples
+    temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
     steps: int = 32                     # iterations: sample, score, learn
     batch_size: int = 256               # answers an iteration, all ranks together
-    context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
+    context: int = 128                  # tokens of prompt and answer at most; max_new of them the answer's
     row: int = 144                      # tokens of a packed row, about: several sequences share one
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
@@ -101,9 +102,12 @@ def set_up(config: Config) -> common.Run:
     for name, values in known.items():
         if getattr(config, name) not in values:
             raise UserError(f"{name} is {getattr(config, name)!r}; it must be {', '.join(values)}")
-    if config.samples < 1 + (config.advantage != "gae") or config.batch_size % (config.samples * run.world):
-        raise UserError(f"samples is {config.samples}; times the {run.world} ranks it must divide batch_size "
-                        f"{config.batch_size}, and rloo and grpo compare at least 2 answers to a prompt")
+    if config.samples < 1 + (config.advantage != "gae"):
+        raise UserError(f"samples is {config.samples}; it must be at least 1, and for rloo and grpo, which compare "
+                        "the answers to a prompt, at least 2")
+    if config.batch_size % (config.samples * run.world):
+        raise UserError(f"samples {config.samples}, times the {run.world} ranks, must divide batch_size "
+                        f"{config.batch_size}")
     return run
 
 
@@ -166,26 +170,27 @@ class FourModels(torch.nn.Module):
     reward: a reward model, or an own function in its place. value_init "reward" starts the value model as a
     copy of it (Stiennon et al. 2020, appendix B.1; Ouyang et al. 2022, appendix C.4), "sft" as one of the
     policy under a head of zeros, which says 0 before it has learnt (the code of Ziegler et al. 2019). An own
-    reward has no weights to copy: then it is "sft".
+    reward has no weights to copy: then it is "sft". "none": RLOO and GRPO have no value model.
     """
 
     def __init__(self, policy: model_file.LanguageModel, reward: torch.nn.Module, value_init: str = "reward"):
         super().__init__()
         self.config = policy.config
         self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
-        self.reward = reward.requires_grad_(False)
+        self.reward, self.value = reward.requires_grad_(False), None
         if value_init == "reward":
-            self.value = copy.deepcopy(reward)
-        else:
-            self.value = model_file.ScalarModel(copy.deepcopy(policy))
+            self.value = copy.deepcopy(reward).requires_grad_(True)
+        elif value_init == "sft":
+            self.value = model_file.ScalarModel(copy.deepcopy(policy)).requires_grad_(True)
             torch.nn.init.zeros_(self.value.head.weight)
-        self.value.requires_grad_(True)
 
 
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     policy = checkpoint.load_language_model(config.init, config.context)
+    value_init = config.value_init if config.advantage == "gae" else "none"
     if own_reward.is_function(config.reward):
-        model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer), "sft")
+        model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer),
+                           value_init.replace("reward", "sft"))
     else:
         reward = checkpoint.load_model(config.reward, config.context)
         if not isinstance(reward, model_file.ScalarModel):
@@ -193,9 +198,16 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
         if reward.config.structure != policy.config.structure:
             raise UserError(f"{config.reward} is {reward.config.structure}, {config.init} is "
                             f"{policy.config.structure}: they read an answer from one row, laid out for both")
-        model = FourModels(policy, reward, config.value_init)
-    run.print(f"{model.config.structure}: {model_file.parameter_count(policy):,} parameters, four times")
+        model = FourModels(policy, reward, value_init)
+    networks = [network for network in model.children() if not isinstance(network, own_reward.RewardFunction)]
+    run.print(f"{model.config.structure}: {model_file.parameter_count(policy):,} parameters, "
+              f"{len(networks)} times")
     return model.to(run.device)
+
+
+def trained(model: FourModels) -> dict[str, torch.nn.Module]:
+    """What learns and is saved, by its name in the checkpoint."""
+    return {"model": model.policy} | ({} if model.value is None else {"value": model.value})
 
 
 # ---- 5. optimizer ------------------------------------------------------------------------------------------
@@ -205,10 +217,9 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 
     beta, which adapts itself where there is a kl_target, is kept here: so it is saved and resumed.
     """
-    groups = [{"params": model.policy.parameters(), "weight_decay": config.weight_decay, "scale": 1.0,
-               "beta": config.beta},
-              {"params": model.value.parameters(), "weight_decay": config.weight_decay,
-               "scale": config.value_lr / config.lr if config.lr else 0.0}]
+    scales = {"model": 1.0, "value": config.value_lr / config.lr if config.lr else 0.0}
+    groups = [{"params": network.parameters(), "weight_decay": config.weight_decay, "scale": scales[name],
+               "beta": config.beta} for name, network in trained(model).items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps, fused=True)
 
 
@@ -241,7 +252,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
 def golds_of(loaded: Data, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
     """The labeller's scores, for the log."""
     decode = loaded.tokenizer.decode
-    return [loaded.labeller.gold(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
+    return loaded.labeller.golds(map(decode, prompts), map(decode, answers))
 
 
 # ---- 7. train ----------------------------------------------------------------------------------------------
@@ -418,7 +429,7 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
         off = max(off, float((ratio_N - 1).abs().max()))
     ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
-             for network in (model.policy, model.value)]
+             for network in (model.policy, model.value) if network is not None]
     common.check_finite(step, loss=totals.sum() + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()
@@ -501,6 +512,15 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
 
 # ---- 9. save -----------------------------------------------------------------------------------------------
 
+def following(config: Config) -> str:
+    """The report, where the run stands among the other stages' as it expects them; else a first question."""
+    folder = Path(config.out)
+    if folder.name != "ppo":
+        return f'python generate.py --run {config.out} --prompt "def area(width, height):"'
+    usual = config.out in (Config.out, Config.TINY["out"])
+    return "python evaluate.py" + f" --runs {folder.parent}" * (not usual) + " --tiny" * config.tiny
+
+
 def main(config: Config) -> dict[str, float]:
     """The stage from beginning to end. Returns the last line of its log."""
     run = set_up(config)
@@ -509,21 +529,20 @@ def main(config: Config) -> dict[str, float]:
         return last
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
-    policy, value = model.policy, model.value
-    optimizer = build_optimizer(config, model)
-    start = checkpoint.restore(state, model=policy, value=value, optimizer=optimizer) if state else 0
+    networks, optimizer = trained(model), build_optimizer(config, model)
+    start = checkpoint.restore(state, **networks, optimizer=optimizer) if state else 0
     show_answer(config, run, loaded, model)
     common.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
-    model.policy, model.value = (common.wrap(network, run, config.compile) for network in (policy, value))
+    model.policy, model.value = (network if network is None else common.wrap(network, run, config.compile)
+                                 for network in (model.policy, model.value))
 
     for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config) * group["scale"]
         log.add(train_step(config, run, loaded, model, optimizer, step))
         if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
-            checkpoint.save(run, step + 1, config, model.config, model=policy, value=value,
-                            optimizer=optimizer)
+            checkpoint.save(run, step + 1, config, model.config, **networks, optimizer=optimizer)
         due = common.due(step + 1, config.eval_every, config.steps)
         log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
         if signs := warnings_of(log.last, log.first):
@@ -533,7 +552,7 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish("python evaluate.py" + common.passed_on(config))
+    run.finish(following(config))
     return log.last
 
 

@@ -74,6 +74,9 @@ def set_up(config: Config) -> common.Run:
     sizes = ("preset", "vocab", "layers", "heads", "kv_heads", "width")
     if config.init and not config.tiny and any(getattr(config, x) != getattr(Config, x) for x in sizes):
         raise UserError(f"a run that starts from {config.init} has its sizes: leave out {', '.join(sizes)}")
+    if not config.init and not config.tiny:         # a slip of the pen is found before the text is read
+        model_config(config, config.vocab)
+        data.objective_of(config.objective, data.tokenizer_without_merges(), config.context)
     return common.set_up(config)
 
 
@@ -123,16 +126,18 @@ def examples_of_step(config: Config, loaded: Data, step: int) -> list[data.Examp
 
 # ---- 4. model ----------------------------------------------------------------------------------------------
 
+def model_config(config: Config, vocab: int) -> model_file.ModelConfig:
+    sizes = dict(vocab=vocab, layers=config.layers, heads=config.heads, width=config.width)
+    if config.preset:
+        return model_file.preset_for(config.preset, config.structure, config.context, **sizes)
+    return model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads, **sizes)
+
+
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
-    sizes = dict(vocab=tokenizer.vocab, layers=config.layers, heads=config.heads, width=config.width)
     if config.init:
         model = checkpoint.load_language_model(config.init, config.context, config.structure)
-    elif config.preset:
-        model = model_file.build(
-            model_file.preset_for(config.preset, config.structure, config.context, **sizes))
     else:
-        model = model_file.build(
-            model_file.ModelConfig(config.structure or "causal", kv_heads=config.kv_heads, **sizes))
+        model = model_file.build(model_config(config, tokenizer.vocab))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")
     return model.to(run.device)
 

@@ -38,12 +38,12 @@ class Config:
     prompts: int = 8000                 # prompts whose answers are ranked
     answers: int = 5                    # answers to each, the human one among them: the paper's K
     mismatched: int = 1                 # human answers to other prompts, ranked among them in training
-    temperature: float = 1.0            # of the samples
+    temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
     label_noise: float = 0.0            # share of training comparisons in the wrong order; people: 0.13-0.16
     steps: int = 1000                   # optimizer steps
     batch_size: int = 8                 # sequences a step, all ranks together; here prompts with all answers
-    context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
+    context: int = 128                  # tokens of prompt and answer at most; max_new of them the answer's
     row: int = 256                      # tokens of a packed row, about: several sequences share one
     lr: float = 1e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
@@ -252,7 +252,7 @@ def main(config: Config) -> dict[str, float]:
     log.curves()
     write_samples(config, run, loaded, model)
     print_sources(run, log.last)
-    run.finish("python train_ppo.py" + common.passed_on(config, "--reward"))
+    run.finish("python train_ppo.py" + common.passed_on(config, "--reward", "init"))
     return log.last
 
 

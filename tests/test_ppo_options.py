@@ -23,7 +23,7 @@ RUN = common.Run(None, torch.device("cpu"), torch.float32)
 
 
 def loaded_with(tokenizer) -> SimpleNamespace:
-    return SimpleNamespace(tokenizer=tokenizer, pairs=[], labeller=SimpleNamespace(gold=lambda *_: 0.0))
+    return SimpleNamespace(tokenizer=tokenizer, pairs=[], labeller=SimpleNamespace(golds=lambda prompts, _: [0.0 for _ in prompts]))
 
 
 def rollouts_of(config, random_model, tokenizer, structure="causal", answers=8):
@@ -236,7 +236,7 @@ def test_the_glossary_names_every_column_of_the_log(samples, settings, random_mo
     policy = random_model("causal").requires_grad_()
     model = train_ppo.FourModels(policy, networks.ScalarModel(random_model("causal")))
     pairs = [data.Example(random_tokens(3), [random_tokens(3) + [tokenizer.end]]) for _ in range(4)]
-    loaded = train_ppo.Data(tokenizer, pairs, pairs, set(), pairs, SimpleNamespace(gold=lambda *_: 0.0))
+    loaded = train_ppo.Data(tokenizer, pairs, pairs, set(), pairs, SimpleNamespace(golds=lambda prompts, _: [0.0 for _ in prompts]))
     optimizer = train_ppo.build_optimizer(config, model)
     logged = {"step", "seconds", *train_ppo.train_step(config, RUN, loaded, model, optimizer, 0),
               *train_ppo.evaluate(config, RUN, loaded, model)}

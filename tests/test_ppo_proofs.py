@@ -46,7 +46,7 @@ def tokens_of(bos: int, end: int, pad: int, **more) -> SimpleNamespace:
 TOKENIZER = tokens_of(END, END, END, specials={"<end>": END}, text=dict.fromkeys(range(4), b"."), decode=str)
 RUN = common.Run(None, torch.device("cpu"), torch.float32)
 LOADED = train_ppo.Data(TOKENIZER, [data.Example(list(prompt), []) for prompt in 64 * PROMPTS], [], set(), [],
-                        SimpleNamespace(gold=lambda prompt, answer: 0.0))
+                        SimpleNamespace(golds=lambda prompts, _: [0.0 for _ in prompts]))
 
 
 def every_answer(max_new: int) -> list[tuple[int, ...]]:

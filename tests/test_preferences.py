@@ -171,6 +171,34 @@ def test_each_of_several_files_is_held_to_account(tmp_path):
     assert len(corpus.load_records(str(tmp_path / "a,b.jsonl"))) == 2
 
 
+def test_what_a_file_may_be(tmp_path):
+    """Text, .jsonl (a byte-order mark in front or not) and Python; what else is refused, and why a folder is empty."""
+    for name, content in (("a.txt", "Some text."), ("b.md", "Some text."), ("c.jsonl", '\ufeff{"text": "Some text."}')):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert [record.text for record in corpus.load_records(str(tmp_path / name))] == ["Some text."]
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "f.py").write_text("def f():\n    pass\n")
+    (tmp_path / "t.csv").write_text("text\nSome text.\n")
+    for name, fragment in (("t.csv", "must be .jsonl, .py or text"), ("silent/f.py", "no docstrings"),
+                           ("silent", "no docstrings and no .jsonl")):
+        with pytest.raises(corpus.UserError, match=fragment):
+            corpus.load_records(str(tmp_path / name))
+
+
+def test_compared_dialogues_may_be_lists_of_messages():
+    """As one dialogue twice, or with what they share in `prompt`; they are the texts that hh-rlhf would have."""
+    asked, yes, no = ({"role": role, "content": content} for role, content in
+                      (("user", "Is it?"), ("assistant", "Yes."), ("assistant", "No.")))
+    expected = [{"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."}]
+    assert corpus.fields_of({"chosen": [asked, yes], "rejected": [asked, no]}) == expected
+    assert corpus.fields_of({"prompt": [asked], "chosen": [yes], "rejected": [no]}) == expected
+    for wrong, fragment in (({"chosen": [asked, yes], "rejected": [yes]}, "one dialogue"),
+                            ({"chosen": [asked, yes], "rejected": "No."}, "must be too"),
+                            ({"chosen": [asked], "rejected": [asked]}, "no reply")):
+        with pytest.raises(ValueError, match=fragment):
+            corpus.fields_of(wrong)
+
+
 # ---- the reward's zero -------------------------------------------------------------------------------------
 
 def scores_of(model, example: data.Example, tokenizer) -> list[float]:
@@ -273,7 +301,7 @@ def test_the_evaluation_of_dpo_equals_the_loop(random_model, tokenizer, tmp_path
     answers = [random_tokens(1 + i) for i in range(len(examples))]
     asked = []
     monkeypatch.setattr(train_dpo, "generate_many", lambda *arguments: asked.append(arguments[5]) or answers)
-    judge = SimpleNamespace(gold=lambda prompt, answer: float(len(answer)))
+    judge = SimpleNamespace(golds=lambda prompts, answers: [float(len(answer)) for answer in answers])
     loaded = SimpleNamespace(held_out=examples, reference=reference, tokenizer=tokenizer, labeller=judge)
     run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
     found = train_dpo.evaluate(train_dpo.Config(row=14, beta=0.3), run, loaded, policy)

@@ -16,6 +16,7 @@ import checkpoint
 import command_line
 import common
 import compare
+import corpus
 import data
 import evaluate
 import generate
@@ -154,6 +155,8 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
     last = train_ppo.main(config)
     assert last["step"] == config.steps and 0 < last["reward"] < 8
     assert last["ptx_loss"] == 0 and (last["value_loss"] == 0) == (advantage != "gae")
+    saved = checkpoint.latest(tmp_path / "ppo")
+    assert ("value" in saved) == (advantage == "gae")                # RLOO and GRPO have no value model
 
 
 @pytest.mark.parametrize("flags, fragment", [
@@ -161,7 +164,8 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
     (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
     (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size"),
     (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
-    (("--temperature", "0"), "temperature"), (("--seed", "-1"), "seed"), (("--row", "0"), "row"),
+    (("--temperature", "0"), "temperature"), (("--value_lr", "-1"), "value_lr"), (("--beta", "nan"), "beta"),
+    (("--ptx", "-1"), "ptx"), (("--score_clip", "-1"), "score_clip"), (("--max_new", "128"), "no room"), (("--seed", "-1"), "seed"), (("--row", "0"), "row"),
     (("--beta", "-1"), "beta"), (("--lam", "7"), "lam"), (("--ratio_clip", "-1"), "ratio_clip")])
 @one_structure
 def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
@@ -201,6 +205,11 @@ def test_the_next_command_names_an_unusual_folder(flow, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
     assert said == [f"next: python train_sft.py --init {config.out}", "next: python train_sft.py",
                     "next: python train_sft.py --tiny"]
+    rm = train_rm.Config(init="runs/my_sft", out="runs/my_rm")
+    assert common.passed_on(rm, "--reward", "init") == " --reward runs/my_rm --init runs/my_sft"
+    for out, following in (("runs/ppo", "python evaluate.py"), ("mine/ppo", "python evaluate.py --runs mine"),
+                           ("runs/second", "python generate.py --run runs/second")):
+        assert train_ppo.following(train_ppo.Config(out=out)).startswith(following)
 
 
 def test_dpo_learns_from_the_reward_models_comparisons(flow):
@@ -624,6 +633,22 @@ def test_bad_flags_are_one_sentence(monkeypatch, capsys, tmp_path, package, flag
              + ("--vocab", "420") * ("--vocab" not in flags) + flags)
     assert fragment in fails(monkeypatch, capsys, train_pretrain, "--out", str(tmp_path / "out"), *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slip_of_the_pen_is_found_before_the_text_is_read(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(corpus, "load_records", None)
+    for flags, fragment in ((("--heads", "3"), "heads 3"), (("--objective", "guess"), "guess"),
+                            (("--preset", "gpt5"), "gpt5"), (("--lr", "nan"), "lr is nan")):
+        assert fragment in fails(monkeypatch, capsys, train_pretrain, "--out", str(tmp_path / "out"), *flags)
+
+
+def test_an_out_that_is_a_file_is_one_sentence(monkeypatch, capsys, tmp_path, package):
+    """A fault of the machine's: exit code 1, no traceback."""
+    (tmp_path / "out").write_text("")
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--data", str(package), "--vocab", "420", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit_info:
+        command_line.run(train_pretrain.main, train_pretrain.Config, "")
+    assert exit_info.value.code == 1 and str(tmp_path / "out") in capsys.readouterr().err
 
 
 def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
