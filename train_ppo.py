@@ -103,8 +103,8 @@ def set_up(config: Config) -> common.Run:
         if getattr(config, name) not in values:
             raise UserError(f"{name} is {getattr(config, name)!r}; it must be {', '.join(values)}")
     if config.samples < 1 + (config.advantage != "gae"):
-        raise UserError(f"samples is {config.samples}; it must be at least 1, and for rloo and grpo, which compare "
-                        "the answers to a prompt, at least 2")
+        raise UserError(f"samples is {config.samples}; it must be at least 1, and for rloo and grpo, which "
+                        "compare the answers to a prompt, at least 2")
     if config.batch_size % (config.samples * run.world):
         raise UserError(f"samples {config.samples}, times the {run.world} ranks, must divide batch_size "
                         f"{config.batch_size}")
