@@ -135,8 +135,8 @@ def read_content(folder: Path) -> dict:
         raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
     raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt. Of a "
                     "tokenizer.model or spiece.model (not of ChatGLM's or Baichuan's, which are code of "
-                    "their own) the first is made once, after pip install transformers sentencepiece protobuf: "
-                    f"AutoTokenizer.from_pretrained({str(folder)!r})"
+                    "their own) the first is made once, after pip install transformers sentencepiece "
+                    f"protobuf: AutoTokenizer.from_pretrained({str(folder)!r})"
                     f".save_pretrained({str(folder)!r})")
 
 
