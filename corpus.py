@@ -226,7 +226,7 @@ def load_place(path: str) -> list[Record]:
             return records
         raise UserError(f"--data {path}: it holds no docstrings" + " and no .jsonl" * place.is_dir())
     if place.suffix not in (".jsonl", *TEXTS):
-        raise UserError(f"--data {path}: a file must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
+        raise UserError(f"--data {path}: it must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
     try:
         content = place.read_text(encoding="utf-8-sig")                # some editors put a mark in front
     except UnicodeDecodeError as error:
@@ -321,7 +321,7 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
 def compared_dialogues(prompt: list, chosen: list, rejected: list) -> dict[str, str]:
     """Lists of messages that differ in their last reply; what they share may stand in `prompt`."""
     if not all(isinstance(messages, list) for messages in (prompt, rejected)):
-        raise ValueError("'chosen' is a list of messages; 'rejected', and 'prompt' where there is one, must be too")
+        raise ValueError("'chosen' is a list of messages; 'rejected', and 'prompt' if there is one, must be too")
     better, worse = (pairs_of_dialogue(prompt + replies)[-1] for replies in (chosen, rejected))
     if better["prompt"] != worse["prompt"]:
         raise ValueError("'chosen' and 'rejected' must be one dialogue with two last replies")

@@ -325,7 +325,8 @@ def draw(report: dict, path: Path) -> None:
     figure = Figure(figsize=(11, 3.8))
     left, right = figure.subplots(1, 2)
     shown = [row for row in ROWS if row in report]
-    for k, (name, label) in enumerate((("gold", "sampled at temperature 1 (sft_cool: lower)"), ("gold_greedy", "greedy"))):
+    labels = {"gold": "sampled at temperature 1 (sft_cool: lower)", "gold_greedy": "greedy"}
+    for k, (name, label) in enumerate(labels.items()):
         rows = [row for row in shown if name == "gold" or row in ("base", "sft", "dpo", "ppo")]
         x = [shown.index(row) + 0.18 * (2 * k - 1) for row in rows]
         y = np.array([report[row][name] for row in rows])
