@@ -321,7 +321,7 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
 def compared_dialogues(prompt: list, chosen: list, rejected: list) -> dict[str, str]:
     """Lists of messages that differ in their last reply; what they share may stand in `prompt`."""
     if not all(isinstance(messages, list) for messages in (prompt, rejected)):
-        raise ValueError("'chosen' is a list of messages; 'rejected', and 'prompt' if there is one, must be too")
+        raise ValueError("'chosen' is a list of messages; 'rejected' and a 'prompt' must be too")
     better, worse = (pairs_of_dialogue(prompt + replies)[-1] for replies in (chosen, rejected))
     if better["prompt"] != worse["prompt"]:
         raise ValueError("'chosen' and 'rejected' must be one dialogue with two last replies")
