@@ -205,7 +205,7 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
     return model.to(run.device)
 
 
-def trained(model: FourModels) -> dict[str, torch.nn.Module]:
+def networks_that_learn(model: FourModels) -> dict[str, torch.nn.Module]:
     """What learns and is saved, by its name in the checkpoint."""
     return {"model": model.policy} | ({} if model.value is None else {"value": model.value})
 
@@ -219,7 +219,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
     """
     scales = {"model": 1.0, "value": config.value_lr / config.lr if config.lr else 0.0}
     groups = [{"params": network.parameters(), "weight_decay": config.weight_decay, "scale": scales[name],
-               "beta": config.beta} for name, network in trained(model).items()]
+               "beta": config.beta} for name, network in networks_that_learn(model).items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps, fused=True)
 
 
@@ -529,7 +529,7 @@ def main(config: Config) -> dict[str, float]:
         return last
     loaded = load_data(config, run)
     model = build_model(config, run, loaded.tokenizer)
-    networks, optimizer = trained(model), build_optimizer(config, model)
+    networks, optimizer = networks_that_learn(model), build_optimizer(config, model)
     start = checkpoint.restore(state, **networks, optimizer=optimizer) if state else 0
     show_answer(config, run, loaded, model)
     common.open_run(run, config, loaded.tokenizer, loaded.names)
