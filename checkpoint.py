@@ -6,7 +6,6 @@ rank) alone. That is why an interrupted run, resumed, ends in the same weights a
 bit.
 """
 import dataclasses
-import json
 import pickle
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from common import Run, replacing
-from errors import UserError
+from errors import UserError, read_json
 from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
 
@@ -116,10 +115,7 @@ def load_tokenizer(folder: str, first: str) -> Tokenizer:
 
 def held_out_names(folder: str) -> set[str]:
     """The names that a stage has held out, and every later stage holds out too."""
-    try:
-        return set(json.loads((Path(folder) / "held_out.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"which names {folder} has held out cannot be read: {error}") from None
+    return set(read_json(Path(folder) / "held_out.json"))
 
 
 def open_folder(folder: Path, config) -> dict | None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import hardware
-from errors import Fault, UserError
+from errors import Fault, UserError, at_least, read_json
 from hardware import processor_name
 
 
@@ -37,6 +37,9 @@ class Run:
     def print(self, *words) -> None:
         if self.rank == 0:
             tqdm.write(" ".join(str(word) for word in words))
+
+    def dtype_name(self) -> str:
+        return "fp32" if self.dtype == torch.float32 else "bf16"
 
     def seconds(self) -> float:
         return self.seconds_before + time.time() - self.started
@@ -169,15 +172,11 @@ def apply_tiny(config) -> None:
 
 
 def check(config) -> None:
-    for name in ("steps", "batch_size", "context", "row", "epochs", "minibatch_size", "ptx_size", "max_new",
-                 "eval_size", "prompts"):
-        if getattr(config, name, 1) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
-                 "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip", "value_clip",
-                 "value_lr", "adam_eps", "ptx", "no_end", "score_clip"):
-        if not getattr(config, name, 0) >= 0:                          # nan is not either
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 0")
+    at_least(1, config, "steps", "batch_size", "context", "row", "epochs", "minibatch_size", "ptx_size",
+             "max_new", "eval_size", "prompts", "keep")
+    at_least(0, config, "seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
+             "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip", "value_clip",
+             "value_lr", "adam_eps", "ptx", "no_end", "score_clip")
     if getattr(config, "max_new", 0) >= config.context:
         raise UserError(f"max_new {config.max_new} leaves no room for a prompt in context {config.context}")
     for name in ("gamma", "lam"):
@@ -185,8 +184,6 @@ def check(config) -> None:
             raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
     if not getattr(config, "temperature", 1) > 0:
         raise UserError(f"temperature is {config.temperature}; it must be above 0: answers are drawn")
-    if config.keep < 1:
-        raise UserError(f"keep is {config.keep}; at least 1 checkpoint must be kept")
     if config.resume not in ("auto", "must", "never"):
         raise UserError(f"resume is {config.resume!r}; it must be auto, must or never")
 
@@ -243,13 +240,13 @@ def open_run(run: Run, config, tokenizer, held_out_names) -> None:
     if config.overwrite:                        # only now: whatever was wrong with the settings has been said
         for old in run.folder.glob("checkpoint-*.pt"):
             old.unlink()
-    dtype = "fp32" if run.dtype == torch.float32 else "bf16"
     content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
-               "dtype_used": dtype, "torch": torch.__version__, "processor": processor_name(run.device)}
+               "dtype_used": run.dtype_name(), "torch": torch.__version__,
+               "processor": processor_name(run.device)}
     write_atomically(run.folder / "config.json", (json.dumps(content, indent=1) + "\n").encode())
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     if getattr(config, "init", ""):              # what an earlier stage held out stays held out
-        held_out_names = held_out_names | set(json.loads((Path(config.init) / "held_out.json").read_text()))
+        held_out_names = held_out_names | set(read_json(Path(config.init) / "held_out.json"))
     (run.folder / "held_out.json").write_text(json.dumps(sorted(held_out_names), indent=0) + "\n")
 
 

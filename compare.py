@@ -29,7 +29,7 @@ import labeller
 import model as model_file
 import train_pretrain
 import train_sft
-from errors import UserError
+from errors import UserError, at_least
 from generate import generate
 
 ROWS = (("causal", "next_token"), ("causal", "prefix_lm"), ("prefix", "prefix_lm"),
@@ -134,8 +134,7 @@ def table_of(results: list[dict]) -> str:
 def main(config: Config) -> list[dict]:
     """All rows and seeds; those that results.jsonl holds already are not run again."""
     common.apply_tiny(config)
-    if config.seeds < 1:
-        raise UserError(f"seeds is {config.seeds}; it must be at least 1")
+    at_least(1, config, "seeds")
     train, _ = corpus.split(corpus.load_records(config.data, config.tiny))
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

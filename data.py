@@ -106,19 +106,20 @@ def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer:
     The last source token of a decoder predicts the first token of the first target alone, unless they are
     side_by_side.
     """
-    encdec = structure == "encdec"
-    framed = [_framed(Example(*example), structure, tokenizer) for example in examples]
-    lengths = [(len(source), sum(len(opened + target) for target in example[1]), len(example[1]))
+    encdec, examples = structure == "encdec", [Example(*example) for example in examples]
+    framed = [_framed(example, structure, tokenizer) for example in examples]
+    lengths = [(len(source), sum(len(opened + target) for target in example.targets), len(example.targets))
                for (source, opened, _), example in zip(framed, examples)]
     packed = balanced_rows([(s, t) if encdec else (s + t,) for s, t, _ in lengths], row_length)
     decoder, encoder = _Rows(len(packed), tokenizer), _Rows(len(packed), tokenizer)
     for b, chosen in enumerate(packed):
         for i in chosen:
-            (source, opened, copied), (_, targets, blanks) = framed[i], Example(*examples[i])[:3]
+            (source, opened, copied), (_, targets, blanks, *_) = framed[i], examples[i]
             adjoins = targets and targets[0] and not blanks and not opened
             (encoder if encdec else decoder).add_source(b, i, source, targets[0][0] if adjoins else None)
+            before = -1 if encdec else len(source) + copied - 1    # place of the last source token, if any
             for k, target in enumerate(targets, start=1):
-                decoder.add_target(b, i, k, target, blanks, 0 if encdec else len(source), opened, copied)
+                decoder.add_target(b, i, k, target, blanks, before, opened, copied)
     columns = decoder.tensors()
     columns["positions"] = columns["positions_2d"].sum(0)
     if encdec:
@@ -181,10 +182,10 @@ class _Rows:
                  source_mask=[True] * (n - 1) + [False], loss_mask=[False] * (n - 1) + [counted],
                  place=range(n), document=document)
 
-    def add_target(self, row: int, document: int, part: int, target: list[int], blanks: tuple, start: int,
+    def add_target(self, row: int, document: int, part: int, target: list[int], blanks: tuple, place: int,
                    begin: list[int], copied: bool) -> None:
-        """start: how many source tokens stand before it in this row. begin: what the target has in front;
-        copied: that is the last source token, at its own place.
+        """place: of the last source token. begin: what the target has in front; copied: that token, which
+        stands at its own place, 0 steps into the target instead of 1.
 
         A target of blanks holds <sop> span <eop> for each. It reads no <eop> and predicts no <sop>; a span
         stands at the place of its mask (GLM, Du et al. 2022, section 2.1).
@@ -197,8 +198,8 @@ class _Rows:
             place = [blanks[span] + first for span in span_of]
             block = [i - place.index(at) + 1 for i, at in enumerate(place)]
         else:
-            tokens, place = begin + target, start - (not copied)
-            following, block = tokens[1:], range(not copied, (not copied) + len(tokens))
+            tokens, first = begin + target, 0 if copied else 1
+            following, block = tokens[1:], range(first, first + len(tokens))
         n, counted, given = len(tokens), len(following), 0 if blanks else len(begin[1:])
         self.add(row, n, tokens=tokens, targets=following + [0] * (n - counted), place=place, block=block,
                  loss_mask=[False] * given + [True] * (counted - given) + [False] * (n - counted),

@@ -1,4 +1,7 @@
 """Two ways in which a program ends early. command_line.py makes a sentence and an exit code of them."""
+import json
+from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -7,3 +10,19 @@ class UserError(ValueError):
 
 class Fault(Exception):
     """Something broke on the way: exit code 1, the last checkpoint is kept."""
+
+
+def at_least(least: int, config, *names: str) -> None:
+    """Of these settings, those that config has."""
+    for name in names:
+        value = getattr(config, name, least)
+        if not value >= least:                                          # nan is not either
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run folder says."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None

@@ -29,7 +29,7 @@ import labeller as labeller_file
 import masks
 import objectives
 from common import write_atomically
-from errors import UserError
+from errors import UserError, at_least, read_json
 from generate import drawn_from, generate
 from labeller import Labeller
 from tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
         tokenizer = checkpoint.load_tokenizer(str(folder / stage), needed)
         models[stage] = checkpoint.load_model(str(folder / stage)).to(device).eval()
     kept = set.union(*(checkpoint.held_out_names(str(folder / stage)) for stage in models))
-    context = json.loads((folder / "sft" / "config.json").read_text())["context"]
+    context = read_json(folder / "sft" / "config.json")["context"]
     records = corpus.load_records(config.data, config.tiny)
     train, held_out = corpus.split(records, kept)
     run = common.Run(folder, device, torch.float32)
@@ -122,12 +122,13 @@ def read(study: Study, model, answers: list[list[int]]) -> Iterator[tuple[data.B
         yield batch, model(batch, masks.of_batch(model.config.structure, batch), where)
 
 
-def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = True,
-                temperature: float = 1.0) -> tuple[np.ndarray, float]:
-    """log p of every answer, and the mean entropy per token, in nats. sampled: in the distribution that
-    generate draws from at that temperature; otherwise over the whole vocabulary, as the loss in training.
+def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = True, temperature: float = 1.0,
+                entropies: list[torch.Tensor] | None = None) -> np.ndarray:
+    """log p of every answer, in nats. sampled: in the distribution that generate draws from at that
+    temperature; otherwise over the whole vocabulary, as the loss in training. entropies: a list to which the
+    entropy at every token is added, where it is wanted.
     """
-    sums, entropies = [], []
+    sums = []
     for batch, logits_NV in read(study, model, answers):
         if sampled:
             logits_NV = drawn_from(logits_NV, study.tokenizer, temperature)
@@ -135,8 +136,9 @@ def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = T
         document_N = batch.document[batch.loss_mask]
         zeros = torch.zeros(int(document_N.max()) + 1, device=study.device)
         sums.append(zeros.index_add(0, document_N, logprobs_N))
-        entropies.append(objectives.entropy(logits_NV))
-    return torch.cat(sums).cpu().numpy(), float(torch.cat(entropies).mean())
+        if entropies is not None:
+            entropies.append(objectives.entropy(logits_NV))
+    return torch.cat(sums).cpu().numpy()
 
 
 def rewards_of(study: Study, answers: list[list[int]]) -> np.ndarray:
@@ -211,21 +213,28 @@ def scores_of(study: Study, answers: list) -> tuple[np.ndarray, dict[str, float]
 
 def distance_of(study: Study, model, answers: list, temperature: float) -> dict[str, float]:
     """How far a model has gone from SFT, in nats per answer that it drew at that temperature; its entropy
-    there; what it has forgotten of the human answers.
+    there.
     """
     many = repeated(study, len(answers) // len(study.prompts))
-    logprobs, entropy = logprobs_of(many, model, answers, temperature=temperature)
-    nats = -logprobs_of(study, model, study.human, sampled=False)[0].sum()
+    entropies: list[torch.Tensor] = []
+    logprobs = logprobs_of(many, model, answers, temperature=temperature, entropies=entropies)
+    itself = model is study.reference and temperature == 1
+    of_sft = logprobs if itself else logprobs_of(many, study.reference, answers)
+    return {"entropy": float(torch.cat(entropies).mean()), "kl": (logprobs - of_sft).mean()}
+
+
+def loss_of(study: Study, model) -> dict[str, float]:
+    """Of the human answers: what a stage has learnt or forgotten."""
+    nats = -logprobs_of(study, model, study.human, sampled=False).sum()
     n_bytes = sum(len(study.tokenizer.decode(answer).encode()) for answer in study.human)
-    return {"entropy": entropy, "kl": (logprobs - logprobs_of(many, study.reference, answers)[0]).mean(),
-            "loss": nats / sum(map(len, study.human)), "answer_bits_per_byte": nats / math.log(2) / n_bytes}
+    return {"loss": nats / sum(map(len, study.human)), "answer_bits_per_byte": nats / math.log(2) / n_bytes}
 
 
 def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray],
            temperature: float = 1.0) -> dict:
     """One row of the report. answers: one or several to every prompt, as `repeated` orders them. model: the
-    one that drew them at that temperature, None for best-of-n and the human lines. Where there are no greedy
-    answers, their figures are those of `answers`.
+    one that drew them at that temperature, None where none did: best-of-n, human lines, and the base model,
+    whose first lines alone they are. Where there are no greedy answers, their figures are those of `answers`.
     """
     golds, sampled = scores_of(study, answers)
     of_greedy = scores_of(study, greedy)[1] if greedy else sampled
@@ -242,7 +251,7 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
     if model is not None:
         row |= distance_of(study, model, answers, temperature)
-    return {name: round(float(value), 4) for name, value in row.items()}
+    return row
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -277,9 +286,10 @@ def build_report(config: Config) -> tuple[dict, str]:
     report = {}
     rows = [row for row in ROWS if row in written]
     for name in tqdm(rows, "measuring them", leave=False, disable=None):
-        report[name] = row_of(study, written[name], greedy.get(name), authors.get(name), rivals,
-                              config.cool if name == "sft_cool" else 1.0)
-    del report["base"]["kl"], report["base"]["entropy"]      # its first lines alone: no samples of its own
+        row = row_of(study, written[name], greedy.get(name), authors.get(name) if name != "base" else None,
+                     rivals, config.cool if name == "sft_cool" else 1.0)
+        row |= loss_of(study, authors[name]) if name in authors else {}
+        report[name] = {column: round(float(value), 4) for column, value in row.items()}
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
     folder = Path(config.runs)
@@ -351,9 +361,7 @@ def draw(report: dict, path: Path) -> None:
 
 def main(config: Config) -> dict:
     common.apply_tiny(config)
-    for name in ("prompts", "samples", "best_of", "max_new"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    at_least(1, config, "prompts", "samples", "best_of", "max_new")
     if config.cool <= 0:
         raise UserError(f"cool is {config.cool}; it must be above 0 (greedy answers are shown in any case)")
     report, shown = build_report(config)

@@ -4,7 +4,6 @@
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
     python generate.py --run runs/ppo                                             asks for prompts
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import hardware
 import masks
 from checkpoint import load_language_model, load_tokenizer
 from corpus import function_name, function_prompt, load_records
-from errors import UserError
+from errors import UserError, at_least, read_json
 from model import KVCache, LanguageModel
 from tokenizer import Tokenizer
 
@@ -145,7 +144,7 @@ def never_drawn(vocab: int, tokenizer: Tokenizer, device: torch.device) -> Tenso
 def drawn_from(logits_NV: Tensor, tokenizer: Tokenizer, temperature: float) -> Tensor:
     """The logits (N, V) of the distribution that generate draws from at that temperature, all tokens kept."""
     never = never_drawn(logits_NV.shape[-1], tokenizer, logits_NV.device)
-    return (logits_NV / temperature).index_fill(1, never, float("-inf"))
+    return (logits_NV / temperature).index_fill_(1, never, float("-inf"))
 
 
 @torch.no_grad()
@@ -257,27 +256,27 @@ def as_trained(prompt: str) -> str:
 def trained_context(folder: str) -> int:
     """Tokens of the longest sequence in a stage's training; 0 where the folder does not tell."""
     path = Path(folder) / "config.json"
-    return json.loads(path.read_text()).get("context", 0) if path.exists() else 0
+    return read_json(path).get("context", 0) if path.exists() else 0
 
 
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
     if not config.temperature >= 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
         raise UserError("temperature and top_k must not be negative, and top_p lies above 0 and up to 1")
-    if config.max_new < 1 or config.samples < 1:
-        raise UserError("max_new and samples must be at least 1")
+    at_least(1, config, "max_new", "samples")
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)
     tokenizer = load_tokenizer(config.run, first="python train_pretrain.py")
     model = load_language_model(config.run).to(device)
-    generator, read = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
+    generator, trained = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
 
     def answer(prompts: list[str]) -> list[str]:
         prompts = [as_trained(prompt) for prompt in prompts for _ in range(config.samples)]
         tokens = [tokenizer.encode(prompt) for prompt in prompts]
-        if read and (longest := max(map(len, tokens)) + tokenizer.around) > read:
-            print(f"note: {longest} tokens are more than {config.run} has ever read, {read}", file=sys.stderr)
+        if trained and (longest := max(map(len, tokens)) + tokenizer.around) > trained:
+            print(f"note: {longest} tokens are more than {config.run} has ever read, {trained}",
+                  file=sys.stderr)
         answers = generate(model, tokens, tokenizer, config.max_new, config.temperature, config.top_k,
                            config.top_p, generator)
         texts = [tokenizer.decode(tokens) for tokens in answers]

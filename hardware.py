@@ -4,7 +4,6 @@ Names of processors tell nothing: on one CPU bf16 halves the time of a step, on 
 long; on one host two threads are twice as fast as one, on the next two processes are and two threads are not.
 """
 import contextlib
-import json
 import math
 import os
 import platform
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import masks
-from errors import UserError
+from errors import UserError, read_json
 from model import attention
 
 
@@ -86,10 +85,7 @@ def recorded(config) -> dict:
     """What a run that this one goes on with has written into its config.json; empty where there is none."""
     path = Path(config.out) / "config.json"
     goes_on = path.exists() and not config.overwrite and config.resume != "never"
-    try:
-        return json.loads(path.read_text()) if goes_on else {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    return read_json(path) if goes_on else {}
 
 
 def choose_ranks(config) -> int:

@@ -182,7 +182,8 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft, labelle
     pairs = data.token_rows(run, tokenizer, [r for r in records if r.response], ("prompt", "response"),
                             config.context - config.max_new)
     n, mismatched = config.answers - 1, config.mismatched * training
-    if sum(bool(function_name(record.prompt)) for record in records if record.response) < len(pairs) / 2:
+    functions = sum(bool(function_name(record.prompt)) for record in records if record.response)
+    if training and functions < len(pairs) / 2:
         run.print("note: these prompts are no function signatures, and the simulated labeller ranks one-line "
                   "descriptions of functions; bring comparisons of your own (prompt + chosen + rejected)")
     prompts = [pair.source for pair in pairs for _ in range(n)]

@@ -217,10 +217,12 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 
     beta, which adapts itself where there is a kl_target, is kept here: so it is saved and resumed.
     """
-    scales = {"model": 1.0, "value": config.value_lr / config.lr if config.lr else 0.0}
-    groups = [{"params": network.parameters(), "weight_decay": config.weight_decay, "scale": scales[name],
-               "beta": config.beta} for name, network in networks_that_learn(model).items()]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps, fused=True)
+    groups = [{"params": model.policy.parameters(), "scale": 1.0, "beta": config.beta}]
+    if model.value is not None:
+        scale = config.value_lr / config.lr if config.lr else 0.0
+        groups.append({"params": model.value.parameters(), "scale": scale})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps,
+                             weight_decay=config.weight_decay, fused=True)
 
 
 # ---- 6. evaluate -------------------------------------------------------------------------------------------
@@ -429,7 +431,7 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
         off = max(off, float((ratio_N - 1).abs().max()))
     ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
-             for network in (model.policy, model.value) if network is not None]
+             for network in networks_that_learn(model).values()]
     common.check_finite(step, loss=totals.sum() + ptx_loss, gradient=sum(norms))
     optimizer.step()
     optimizer.zero_grad()

@@ -74,7 +74,7 @@ def set_up(config: Config) -> common.Run:
     sizes = ("preset", "vocab", "layers", "heads", "kv_heads", "width")
     if config.init and not config.tiny and any(getattr(config, x) != getattr(Config, x) for x in sizes):
         raise UserError(f"a run that starts from {config.init} has its sizes: leave out {', '.join(sizes)}")
-    if not config.init and not config.tiny:         # a slip of the pen is found before the text is read
+    if not config.init:                             # a slip of the pen is found before the text is read
         model_config(config, config.vocab)
         data.objective_of(config.objective, data.tokenizer_without_merges(), config.context)
     return common.set_up(config)

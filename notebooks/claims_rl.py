@@ -85,7 +85,7 @@ def diversity(flow: Flow) -> list[dict]:
         groups = [[study.tokenizer.decode(a) for a in many[i:i + 8]] for i in range(0, len(many), 8)]
         alike = [evaluate.overlap_f1(a, b) for group in groups for i, a in enumerate(group)
                  for b in group[:i]]
-        _, entropy = evaluate.logprobs_of(study, model, answers)
+        entropy = float(evaluate.distance_of(study, model, answers, 1.0)["entropy"])
         rows.append({"row": name, "entropy": entropy, "distinct_1": evaluate.distinct(lines, 1),
                      "distinct_2": evaluate.distinct(lines, 2), "self_similarity": float(np.mean(alike))})
     return rows
@@ -99,7 +99,7 @@ def ptx(flow: Flow) -> list[dict]:
     rows = []
     for name, folder in folders.items():
         model = checkpoint.load_model(folder)
-        logprobs, _ = evaluate.logprobs_of(study, model, study.human, sampled=False)
+        logprobs = evaluate.logprobs_of(study, model, study.human, sampled=False)
         rows.append({"row": name, "loss": float(-logprobs.sum() / sum(map(len, study.human))),
                      "bits_per_byte": train_pretrain.evaluate(config, run, loaded, model)["bits_per_byte"]})
     return rows
@@ -136,7 +136,7 @@ def judged(study: evaluate.Study, policy, n: int = 4) -> dict[str, float]:
     """The reward model's score, the labeller's, and the KL to SFT, over n answers to each prompt."""
     study = evaluate.repeated(study, n)
     answers = evaluate.answers_of(study, policy, 1.0)
-    logprobs, ref_logprobs = (evaluate.logprobs_of(study, m, answers)[0] for m in (policy, study.reference))
+    logprobs, ref_logprobs = (evaluate.logprobs_of(study, m, answers) for m in (policy, study.reference))
     return {"kl": float((logprobs - ref_logprobs).mean()),
             "reward": float(evaluate.rewards_of(study, answers).mean()),
             "gold": float(evaluate.golds_of(study, answers).mean())}

@@ -201,7 +201,7 @@ def losses_under_base(flow: Flow, pairs: list[corpus.Record]) -> np.ndarray:
                         for name in ("prompt", "response"))
     study = evaluate.Study(tokenizer, prompts, answers, texts=[], labeller=judge_of(flow), reference=base,
                            reward=None, device=torch.device("cpu"), config=None)
-    logprobs, _ = evaluate.logprobs_of(study, base, answers, sampled=False)
+    logprobs = evaluate.logprobs_of(study, base, answers, sampled=False)
     return -logprobs / np.array([len(answer) for answer in answers])
 
 

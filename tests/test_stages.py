@@ -314,7 +314,7 @@ def test_several_answers_to_a_prompt_are_averaged(flow, package):
     one, other, both = (evaluate.row_of(study, answers, None, models["ppo"], rivals)
                         for answers in (some, others, some + others))
     assert some != others and both["distinct_2"] == one["distinct_2"]
-    for name in ("gold", "about", "win_human", "win_sft", "reward", "kl", "length", "ended", "loss"):
+    for name in ("gold", "about", "win_human", "win_sft", "reward", "kl", "length", "ended"):
         assert both[name] == pytest.approx((one[name] + other[name]) / 2, abs=2e-4), name
 
 
@@ -758,3 +758,16 @@ def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys):
     newest = folder / "checkpoint-0000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert checkpoint.latest(folder)["step"] == 2 and "cannot be read" in capsys.readouterr().out
+
+
+@one_structure
+@pytest.mark.parametrize("name, main", [
+    ("held_out.json", lambda runs: evaluate.main(evaluate.Config(runs=str(runs), device="cpu"))),
+    ("config.json", lambda runs: generate.main(generate.Config(run=str(runs / "sft"), prompt="def area(width):"))),
+])
+def test_a_spoilt_file_of_a_run_is_a_sentence(flow, tmp_path, name, main):
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(flow[0] / stage, tmp_path / stage)
+    (tmp_path / "sft" / name).write_text('{"context": 12')
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        main(tmp_path)
