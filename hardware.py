@@ -91,10 +91,9 @@ def recorded(config) -> dict:
 def choose_ranks(config) -> int:
     """How many processes a run on a CPU is shared between.
 
-    Threads wait for each other after every product, ranks once a step. So ranks are taken
-    where n threads are measured to be less than 2/3 n times as fast as one, and where answers are sampled:
-    the products of a decoding step are too small to be shared. A run that goes on keeps its own. One process
-    where OMP_NUM_THREADS says how a machine is to be used, and with --tiny.
+    Threads wait for each other after every product, ranks once a step, but ranks do the small things twice.
+    They are taken where n threads are measured to be less than 2/3 n times as fast as one. A run that goes on
+    keeps its own. One process where OMP_NUM_THREADS says how a machine is to be used, and with --tiny.
     """
     if config.ranks < 0:
         raise UserError(f"ranks is {config.ranks}; it must not be negative")
@@ -108,8 +107,6 @@ def choose_ranks(config) -> int:
     n = max(n for n in range(1, cores() + 1) if shared % n == 0)
     if n == 1 or config.tiny or "OMP_NUM_THREADS" in os.environ:
         return 1
-    if hasattr(config, "max_new"):
-        return n
     one, many = seconds_in_turns("cpu", (torch.float32, 1), (torch.float32, n))
     return n if one / many < n * 2 / 3 else 1
 

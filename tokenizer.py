@@ -60,34 +60,39 @@ def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
         ranks.setdefault(pair[0] + pair[1], len(ranks))
-        changed = _merge_pair(words, counts, holders, pair)
-        for other in changed:
-            if counts[other] > 0:
-                heapq.heappush(heap, (-counts[other], other))
+        for new in _merge_pair(words, counts, holders, pair):
+            if counts[new] > 0:
+                heapq.heappush(heap, (-counts[new], new))
         progress.update()
     progress.close()
     return ranks
 
 
 def _merge_pair(words: list, counts: Counter, holders: dict, pair: tuple) -> set:
-    """Merge `pair` in every word that holds it; returns the pairs whose count grew."""
-    grown = set()
+    """Merge `pair` in every word that holds it; returns the pairs that this has made. Only pairs with a
+    neighbour of the merged one change.
+    """
+    (first, second), merged, made = pair, pair[0] + pair[1], set()
     for i in holders.pop(pair):
         word, count = words[i]
-        for old in zip(word, word[1:]):
-            counts[old] -= count
-        merged, j = [], 0
-        while j < len(word):
-            step = 2 if j + 1 < len(word) and (word[j], word[j + 1]) == pair else 1
-            merged.append(b"".join(word[j:j + step]))
-            j += step
-        words[i] = (merged, count)
-        for new in zip(merged, merged[1:]):
-            counts[new] += count
-            holders[new].add(i)
-            grown.add(new)
+        j = 0
+        while j + 1 < len(word):
+            if word[j] == first and word[j + 1] == second:
+                neighbours = []
+                if j > 0:
+                    counts[word[j - 1], first] -= count
+                    neighbours.append((word[j - 1], merged))
+                if j + 2 < len(word):
+                    counts[second, word[j + 2]] -= count
+                    neighbours.append((merged, word[j + 2]))
+                for new in neighbours:
+                    counts[new] += count
+                    holders[new].add(i)
+                made.update(neighbours)
+                word[j:j + 2] = [merged]
+            j += 1
     counts.pop(pair, None)
-    return grown
+    return made
 
 
 def encode_by_hand(text: str, ranks: dict[bytes, int]) -> list[int]:

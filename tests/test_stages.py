@@ -507,14 +507,13 @@ def test_two_ranks_equal_one(flow, package, no_curves, tmp_path, monkeypatch):
 @pytest.mark.parametrize("module, cores, expected", [(train_pretrain, 2, 2), (train_pretrain, 64, 4),
                                                      (train_ppo, 64, 16), (train_sft, 3, 2), (train_rm, 1, 1)])
 def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expected, monkeypatch, tmp_path):
-    """As many as have an equal share of every batch; one where threads are nearly as good and nothing is sampled;
-    as before where a run goes on.
+    """As many as have an equal share of every batch; one where threads are nearly as good; as before where a run
+    goes on.
     """
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(hardware, "cores", lambda: cores)
     config = module.Config(device="cpu", out=str(tmp_path))
-    samples = hasattr(config, "max_new")
-    for seconds_of_many, ranks in ((1.0, expected), (0.9 / expected, expected if samples else 1)):
+    for seconds_of_many, ranks in ((0.9 / expected, 1), (1.0, expected)):
         monkeypatch.setattr(hardware, "seconds_of_a_layer",
                             lambda dtype, device, threads: 1.0 if threads == 1 else seconds_of_many)
         assert hardware.choose_ranks(config) == ranks
