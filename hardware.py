@@ -18,6 +18,9 @@ import masks
 from errors import UserError, read_json
 from model import attention
 
+# a CPU's kernels for bf16 (oneDNN) are made for one size each, and the last 1,024 kept: packed rows need more
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+
 
 def choose_device(name: str) -> torch.device:
     """auto: cuda, mps or cpu, the first that is present."""
