@@ -169,8 +169,8 @@ def scan(files: list[tuple[str, str]]) -> list[Record]:
 
 
 def scan_all(files: list[tuple[str, str]]) -> list[dict]:
-    """scan_file on every file, in parallel. Without Python's collector of cyclic garbage, of which syntax trees
-    have none: it would go through every tree again and again, and take as long as all the rest.
+    """scan_file on every file, in parallel. Without Python's collector of cyclic garbage, which syntax trees
+    are not: it would go through every tree again and again, and take as long as all the rest.
     """
     with ProcessPoolExecutor(hardware.cores() if len(files) > 500 else 1, initializer=gc.disable) as pool:
         results = pool.map(scan_file, files, chunksize=16)
