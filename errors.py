@@ -1,4 +1,6 @@
-"""Two ways in which a program ends early. command_line.py makes a sentence and an exit code of them."""
+"""Two ways in which a program ends early, and two checks that end it so. command_line.py makes a sentence and
+an exit code of them.
+"""
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ class Fault(Exception):
 
 
 def at_least(least: int, config, *names: str) -> None:
-    """Of these settings, those that config has."""
+    """Refuse a setting below `least`, of these names those that config has."""
     for name in names:
         value = getattr(config, name, least)
         if not value >= least:                                          # nan is not either
@@ -21,7 +23,7 @@ def at_least(least: int, config, *names: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of a run folder says."""
+    """The content of a file in a run folder."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

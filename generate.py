@@ -261,9 +261,10 @@ def trained_context(folder: str) -> int:
 
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
-    if not config.temperature >= 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
-        raise UserError("temperature and top_k must not be negative, and top_p lies above 0 and up to 1")
+    at_least(0, config, "temperature", "top_k")
     at_least(1, config, "max_new", "samples")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p is {config.top_p}; it must lie above 0 and up to 1")
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)

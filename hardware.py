@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import masks
-from errors import UserError, read_json
+from errors import UserError, at_least, read_json
 from model import attention
 
 # a CPU's kernels for bf16 (oneDNN) are made for one size each, and the last 1,024 kept: packed rows need more
@@ -98,8 +98,7 @@ def choose_ranks(config) -> int:
     They are taken where n threads are measured to be less than 2/3 n times as fast as one. A run that goes on
     keeps its own. One process where OMP_NUM_THREADS says how a machine is to be used, and with --tiny.
     """
-    if config.ranks < 0:
-        raise UserError(f"ranks is {config.ranks}; it must not be negative")
+    at_least(0, config, "ranks")
     if choose_device(config.device).type != "cpu":
         return 1
     if config.ranks or "ranks" in recorded(config):

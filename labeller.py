@@ -18,7 +18,7 @@ import common
 import data
 import objectives
 from corpus import Record, function_name, identifier_words
-from errors import UserError
+from errors import UserError, at_least
 from generate import generate_many
 
 WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
@@ -172,8 +172,7 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft, labelle
     """
     if not 2 <= config.answers <= 9:
         raise UserError(f"answers is {config.answers}; it must be 2 to 9")
-    if config.mismatched < 0:
-        raise UserError(f"mismatched is {config.mismatched}; it must not be negative")
+    at_least(0, config, "mismatched")
     if not 0 <= config.label_noise <= 0.5:
         raise UserError(f"label_noise is {config.label_noise}; it must be 0 to 0.5, where no order is left")
     given = data.token_rows(run, tokenizer, [r for r in records if r.chosen],

@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass, replace
 
-from errors import UserError
+from errors import UserError, at_least
 
 STRUCTURES = ("causal", "prefix", "encdec")
 PLAIN, GATED = ("relu", "gelu", "gelu_tanh"), ("geglu", "geglu_tanh", "swiglu")
@@ -58,12 +58,8 @@ class ModelConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
-        for name in ("vocab", "layers", "heads", "kv_heads", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("ffn_width", "head_width", "max_positions", "position_offset"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        at_least(1, self, "vocab", "layers", "heads", "kv_heads", "width")
+        at_least(0, self, "ffn_width", "head_width", "max_positions", "position_offset")
         for name in ("rope_share", "embedding_gradient"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")

@@ -99,8 +99,7 @@ def ptx(flow: Flow) -> list[dict]:
     rows = []
     for name, folder in folders.items():
         model = checkpoint.load_model(folder)
-        logprobs = evaluate.logprobs_of(study, model, study.human, sampled=False)
-        rows.append({"row": name, "loss": float(-logprobs.sum() / sum(map(len, study.human))),
+        rows.append({"row": name, "loss": float(evaluate.loss_of(study, model)["loss"]),
                      "bits_per_byte": train_pretrain.evaluate(config, run, loaded, model)["bits_per_byte"]})
     return rows
 
@@ -136,8 +135,7 @@ def judged(study: evaluate.Study, policy, n: int = 4) -> dict[str, float]:
     """The reward model's score, the labeller's, and the KL to SFT, over n answers to each prompt."""
     study = evaluate.repeated(study, n)
     answers = evaluate.answers_of(study, policy, 1.0)
-    logprobs, ref_logprobs = (evaluate.logprobs_of(study, m, answers) for m in (policy, study.reference))
-    return {"kl": float((logprobs - ref_logprobs).mean()),
+    return {"kl": float(evaluate.distance_of(study, policy, answers, 1.0)["kl"]),
             "reward": float(evaluate.rewards_of(study, answers).mean()),
             "gold": float(evaluate.golds_of(study, answers).mean())}
 

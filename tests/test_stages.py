@@ -1,4 +1,5 @@
 """The four stages and DPO end to end on a small generated package: every structure, resuming, ranks, bad input."""
+import copy
 import dataclasses
 import json
 import os
@@ -299,6 +300,8 @@ def test_the_report_covers_all_rows(flow, package):
     for row in ("base", "sft", "best_of_n", "dpo", "ppo", "human"):
         assert 0 <= report[row]["gold_low"] <= report[row]["gold"] <= report[row]["gold_high"] <= 1
     assert abs(report["sft"]["kl"]) < 1e-4
+    assert {row for row in evaluate.ROWS if "loss" in report[row]} == {"base", "sft", "sft_cool", "dpo", "ppo"}
+    assert {row for row in evaluate.ROWS if "entropy" in report[row]} == {"sft", "sft_cool", "dpo", "ppo"}
     assert {"accuracy", "accuracy_human_sample"} <= set(report["reward_model"])
 
 
@@ -316,6 +319,18 @@ def test_several_answers_to_a_prompt_are_averaged(flow, package):
     assert some != others and both["distinct_2"] == one["distinct_2"]
     for name in ("gold", "about", "win_human", "win_sft", "reward", "kl", "length", "ended"):
         assert both[name] == pytest.approx((one[name] + other[name]) / 2, abs=2e-4), name
+
+
+@one_structure
+def test_a_copy_of_sft_is_no_distance_from_it(flow, package):
+    """SFT itself is read once, a copy twice: both have the entropy of SFT and no KL."""
+    study, models = evaluate.load_study(evaluate.Config(runs=str(flow[0]), data=str(package), prompts=8, max_new=8,
+                                                        device="cpu"))
+    answers = evaluate.answers_of(study, models["sft"], 1.0)
+    itself, twin = (evaluate.distance_of(study, model, answers, 1.0)
+                    for model in (models["sft"], copy.deepcopy(models["sft"])))
+    assert itself["kl"] == 0 and abs(twin["kl"]) < 1e-4 and itself["entropy"] == twin["entropy"]
+    assert abs(evaluate.distance_of(study, models["ppo"], answers, 1.0)["kl"]) > 1e-4
 
 
 @one_structure
