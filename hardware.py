@@ -4,6 +4,7 @@ Names of processors tell nothing: on one CPU bf16 halves the time of a step, on 
 long; on one host two threads are twice as fast as one, on the next two processes are and two threads are not.
 """
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -64,9 +65,10 @@ def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
     return min(seconds)
 
 
+@functools.cache
 def seconds_in_turns(device, *ways: tuple[torch.dtype, int]) -> list[float]:
     """Seconds of a layer in these ways (dtype, threads): the best of three turns, since another program may
-    hold a core for a while. One turn, where a way takes three times as long as another.
+    hold a core for a while. One turn, where a way takes three times as long as another. Measured once.
     """
     rounds: list[list[float]] = []
     while len(rounds) < 3 and not (rounds and max(rounds[0]) > 3 * min(rounds[0])):
@@ -124,7 +126,7 @@ def choose_threads(device, world: int, before: int = 0) -> int:
     if before:
         n = min(n, before)
     elif device.type == "cpu" and n > 1:
-        one, many = seconds_in_turns(device, (torch.float32, 1), (torch.float32, n))
+        one, many = seconds_in_turns("cpu", (torch.float32, 1), (torch.float32, n))
         n = 1 if one < 0.95 * many else n
     torch.set_num_threads(n)
     return n

@@ -1,6 +1,7 @@
 """The four stages and DPO end to end on a small generated package: every structure, resuming, ranks, bad input."""
 import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -519,6 +520,12 @@ def test_two_ranks_equal_one(flow, package, no_curves, tmp_path, monkeypatch):
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
 
 
+def a_layer_takes(monkeypatch, seconds) -> None:
+    """Timings as told by seconds(dtype, device, threads), and none remembered from before or for later."""
+    monkeypatch.setattr(hardware, "seconds_of_a_layer", seconds)
+    monkeypatch.setattr(hardware, "seconds_in_turns", functools.cache(hardware.seconds_in_turns.__wrapped__))
+
+
 @pytest.mark.parametrize("module, cores, expected", [(train_pretrain, 2, 2), (train_pretrain, 64, 4),
                                                      (train_ppo, 64, 16), (train_sft, 3, 2), (train_rm, 1, 1)])
 def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expected, monkeypatch, tmp_path):
@@ -529,8 +536,7 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
     monkeypatch.setattr(hardware, "cores", lambda: cores)
     config = module.Config(device="cpu", out=str(tmp_path))
     for seconds_of_many, ranks in ((0.9 / expected, 1), (1.0, expected)):
-        monkeypatch.setattr(hardware, "seconds_of_a_layer",
-                            lambda dtype, device, threads: 1.0 if threads == 1 else seconds_of_many)
+        a_layer_takes(monkeypatch, lambda dtype, device, threads: 1.0 if threads == 1 else seconds_of_many)
         assert hardware.choose_ranks(config) == ranks
     if module is train_ppo:                   # of 64 answers, 32 to a prompt, two ranks can have equal shares
         assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), batch_size=64, samples=32)) == 2
@@ -548,12 +554,13 @@ def test_one_disturbed_timing_decides_nothing(monkeypatch):
     def seconds(dtype, device, threads):
         timed.append(dtype)
         return {torch.float32: 1.0, torch.bfloat16: 0.6}[dtype] * (2.0 if len(timed) == 2 else 1.0)
-    monkeypatch.setattr(hardware, "seconds_of_a_layer", seconds)
+    a_layer_takes(monkeypatch, seconds)
     assert hardware.choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16 and len(timed) == 6
-    monkeypatch.setattr(hardware, "seconds_of_a_layer",
-                        lambda dtype, device, threads: timed.append(dtype) or (9.0 if len(timed) % 2 else 1.0))
+    a_layer_takes(monkeypatch,
+                  lambda dtype, device, threads: timed.append(dtype) or (9.0 if len(timed) % 2 else 1.0))
     timed.clear()
-    assert hardware.choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16 and len(timed) == 2
+    for _ in range(2):                                                      # and nothing is timed twice
+        assert hardware.choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16 and len(timed) == 2
 
 
 @one_structure
@@ -562,7 +569,7 @@ def test_a_run_goes_on_with_its_threads(flow, monkeypatch):
     assert json.loads((flow[0] / "sft" / "config.json").read_text())["threads"] == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(hardware, "cores", lambda: 4)
-    monkeypatch.setattr(hardware, "seconds_of_a_layer", lambda dtype, device, threads: 1.0 / threads)
+    a_layer_takes(monkeypatch, lambda dtype, device, threads: 1.0 / threads)
     chosen = [hardware.choose_threads(torch.device("cpu"), world, before) for world, before in
               ((1, 0), (2, 0), (1, 3), (1, 9), (4, 0))]
     assert chosen == [4, 2, 3, 4, 1]
