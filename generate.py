@@ -1,4 +1,4 @@
-"""Sampling with the key/value cache, for all three structures and prompts of unequal length.
+"""Sampling and beam search with the key/value cache, for all three structures and prompts of unequal length.
 
     python generate.py --run runs/ppo --prompt "def area(width, height):"
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
@@ -190,6 +190,45 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
     return responses
 
 
+@torch.no_grad()
+def beam_search(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
+                beams: int = 4, length_power: float = 1.0, batch_size: int = 64) -> list[list[int]]:
+    """Look for the likeliest answer to every prompt (Sutskever et al. 2014, section 3.2), as T5 and BART do.
+
+    `beams` hypotheses are kept; each goes on with every token, and the best of all these are kept again. One
+    that has ended stays as it is, for as long as it is among the best. The score is log p / length ^
+    length_power: without it the shortest wins (Wu et al. 2016, section 7, in a simpler form). Nothing is
+    drawn, and one beam is greedy decoding. Of an answer's tokens beside its end none is special.
+    """
+    if len(parts := [prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size)]) != 1:
+        return [answer for part in parts
+                for answer in beam_search(model, part, tokenizer, max_new, beams, length_power, batch_size)]
+    decoding = Decoding(model, prompts, max_new, tokenizer)
+    logits, P, V = decoding.read_prompt(), len(prompts), model.config.vocab
+    sums_PM = torch.zeros(P, 1, device=logits.device)                   # log p of the M hypotheses so far
+    length_PM, ended_PM = torch.zeros_like(sums_PM), torch.zeros_like(sums_PM, dtype=torch.bool)
+    tokens_PMT = torch.zeros(P, 1, 0, dtype=torch.long, device=logits.device)
+    for _ in range(max_new):
+        logprobs_PMV = drawn_from(logits.float(), tokenizer, 1.0).log_softmax(-1).view(P, -1, V)
+        only_end_V = torch.full((V,), float("-inf"), device=logits.device)
+        only_end_V[tokenizer.end] = 0.0                                 # what has ended goes on at no cost
+        sums_PMV = sums_PM[..., None] + torch.where(ended_PM[..., None], only_end_V, logprobs_PMV)
+        length_PM = length_PM + ~ended_PM
+        scores_PMV = sums_PMV / length_PM[..., None] ** length_power
+        best_PM = scores_PMV.flatten(1).topk(min(beams, scores_PMV[0].numel())).indices       # best first
+        before_PM, new_PM = best_PM // V, best_PM % V
+        sums_PM = sums_PMV.flatten(1).gather(1, best_PM)
+        length_PM, ended_PM = length_PM.gather(1, before_PM), ended_PM.gather(1, before_PM)
+        row_P1 = torch.arange(P, device=logits.device)[:, None]
+        tokens_PMT = torch.cat((tokens_PMT[row_P1, before_PM], new_PM[..., None]), dim=-1)
+        ended_PM = ended_PM | (new_PM == tokenizer.end)
+        if ended_PM.all() or tokens_PMT.shape[-1] == max_new:
+            break
+        decoding.keep((row_P1 * scores_PMV.shape[1] + before_PM).flatten())
+        logits = decoding.read(new_PM.flatten())
+    return [row[:int(n)] for row, n in zip(tokens_PMT[:, 0].tolist(), length_PM[:, 0])]
+
+
 def answers_to_show(model: LanguageModel, examples: list, tokenizer: Tokenizer, seed: int) -> list[list[int]]:
     """For samples.txt: at temperature 0.7, up to 48 tokens, or what learned positions leave room for. With
     special tokens where the examples' own targets hold some, as T5's do. GLM's blanks do not follow the end
@@ -244,6 +283,7 @@ class Config:
     temperature: float = 1.0            # 0 takes the most likely token
     top_k: int = 0                      # draw from the k most likely tokens, 0: from all
     top_p: float = 1.0                  # draw from the likeliest tokens that together reach this
+    beams: int = 0                      # hypotheses of a beam search, which draws nothing; 0: draw
     seed: int = 1                       # decides the draws
     device: str = "auto"                # auto, cpu, cuda, mps
 
@@ -261,10 +301,12 @@ def trained_context(folder: str) -> int:
 
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
-    at_least(0, config, "temperature", "top_k")
+    at_least(0, config, "temperature", "top_k", "beams")
     at_least(1, config, "max_new", "samples")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p is {config.top_p}; it must lie above 0 and up to 1")
+    if config.beams and config.samples > 1:
+        raise UserError(f"a beam search finds one answer to a prompt; samples is {config.samples}")
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)
@@ -278,8 +320,9 @@ def main(config: Config) -> list[str]:
         if trained and (longest := max(map(len, tokens)) + tokenizer.around) > trained:
             print(f"note: {longest} tokens are more than {config.run} has ever read, {trained}",
                   file=sys.stderr)
-        answers = generate(model, tokens, tokenizer, config.max_new, config.temperature, config.top_k,
-                           config.top_p, generator)
+        answers = (beam_search(model, tokens, tokenizer, config.max_new, config.beams) if config.beams else
+                   generate(model, tokens, tokenizer, config.max_new, config.temperature, config.top_k,
+                            config.top_p, generator))
         texts = [tokenizer.decode(tokens) for tokens in answers]
         for prompt, text in zip(prompts, texts):
             print(f"{prompt.rstrip()}\n{text}\n" if config.prompts else text)

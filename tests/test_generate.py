@@ -8,7 +8,7 @@ import torch
 import masks
 from conftest import STRUCTURES, random_tokens
 from data import lay_out
-from generate import Decoding, generate, next_tokens
+from generate import Decoding, beam_search, generate, next_tokens
 from shapes import check_shapes
 
 PROMPT_LENGTHS = (5, 0, 1, 9, 3)
@@ -98,6 +98,41 @@ def test_the_end_token_stops(structure, random_model, tokenizer):
     stopped = generate(network, prompts, other, 8, temperature=0)
     assert stopped == [row[:row.index(other.end) + 1] if other.end in row else row for row in endless]
     assert len(stopped[0]) < 8
+
+
+def best_by_beams(network, prompt, tokenizer, tokens: list[int], max_new: int, beams: int, power: float):
+    """The definition, one hypothesis at a time: (score, answer) of the best; no cache, no batch."""
+    kept = [(0.0, 0.0, [])]                                             # score, log p, tokens
+    for _ in range(max_new):
+        grown = [hypothesis for hypothesis in kept if tokenizer.end in hypothesis[2]]
+        for _, nats, answer in kept:
+            if tokenizer.end in answer:
+                continue
+            logprobs = full_logits(network, prompt, answer, tokenizer)[-1][tokens].log_softmax(-1).tolist()
+            grown += [((nats + more) / (len(answer) + 1) ** power, nats + more, [*answer, token])
+                      for token, more in zip(tokens, logprobs)]
+        kept = sorted(grown, reverse=True)[:beams]
+    return kept[0][2]
+
+
+@pytest.mark.parametrize("beams, power", [(2, 1.0), (3, 0.0), (200, 0.6)])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_beam_search_finds_what_the_plain_loop_finds(structure, beams, power, random_model, tokenizer, monkeypatch):
+    """Of few beams the same answer; of 200, more than there are answers, the best of all."""
+    tokens = [65, 66, 67, 68, tokenizer.end]
+    monkeypatch.setattr("generate.never_drawn", lambda vocab, tokenizer, device:
+                        torch.tensor([token for token in range(vocab) if token not in tokens]))
+    network, prompts = random_model(structure, layers=2), [random_tokens(n) for n in PROMPT_LENGTHS]
+    found = beam_search(network, prompts, tokenizer, 4, beams, power, batch_size=3)
+    assert found == [best_by_beams(network, prompt, tokenizer, tokens, 4, beams, power) for prompt in prompts]
+    assert len({tuple(answer) for answer in found}) > 1
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_one_beam_is_greedy(structure, random_model, tokenizer):
+    network, prompts = random_model(structure, layers=2), [random_tokens(n) for n in PROMPT_LENGTHS]
+    assert beam_search(network, prompts, tokenizer, 8, beams=1) == generate(network, prompts, tokenizer, 8, 0.0)
+    assert beam_search(network, [], tokenizer, 8) == []
 
 
 def test_only_the_end_among_special_tokens_is_drawn(random_model, tokenizer):

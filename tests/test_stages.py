@@ -409,6 +409,10 @@ def test_generate_answers_from_a_run(flow, capsys):
     answers = generate.main(generate.Config(run=str(runs / "ppo"), prompt="def read_area(width):", samples=3,
                                             max_new=8, device="cpu"))
     assert len(answers) == 3 and capsys.readouterr().out.count("\n") >= 3
+    asked = generate.Config(run=str(runs / "ppo"), prompt="def read_area(width):", beams=2, max_new=8, device="cpu")
+    assert len(generate.main(asked)) == 1
+    with pytest.raises(UserError, match="one answer to a prompt; samples is 3"):
+        generate.main(dataclasses.replace(asked, samples=3))
 
 
 # ---- families --------------------------------------------------------------------------------------------
