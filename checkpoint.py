@@ -6,21 +6,25 @@ rank) alone. That is why an interrupted run, resumed, ends in the same weights a
 bit.
 """
 import dataclasses
+import hashlib
+import json
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import Run, replacing
+from common import Run, replacing, write_atomically
 from errors import UserError, read_json
+from hardware import processor_name
 from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
 
 # settings in which a run may be gone on with; all others must be as they were
-FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "ranks", "compile", "eval_every",
-        "eval_size", "save_every", "keep"}
+FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "ranks", "compile", "log_every",
+        "eval_every", "eval_size", "save_every", "keep"}
 
 
 def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -> None:
@@ -30,7 +34,7 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
     """
     if run.rank:
         return
-    state = {"step": step, "config": dataclasses.asdict(config), "init_step": init_step(config),
+    state = {"step": step, "config": dataclasses.asdict(config), "started_from": started_from(config),
              "model_config": dataclasses.asdict(model_config),
              **{name: part.state_dict() for name, part in parts.items()}}
     for half_written in run.folder.glob("checkpoint-*.tmp"):           # a run was killed in the middle of it
@@ -41,10 +45,17 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
         (run.folder / f"checkpoint-{old:07d}.pt").unlink()
 
 
-def init_step(config) -> int:
-    """The step of the checkpoint that the run starts from; 0 where it starts from random weights."""
-    steps = steps_of(Path(config.init)) if getattr(config, "init", "") else []
-    return steps[-1] if steps else 0
+def started_from(config) -> dict[str, str]:
+    """What the run starts from: of the folders `init` and `reward` the newest step, and a digest of all the
+    settings behind it (config.json holds what that run has started from itself).
+    """
+    found = {}
+    for folder in (getattr(config, name, "") for name in ("init", "reward")):
+        settings = Path(folder) / "config.json"
+        if folder and (steps := steps_of(Path(folder))):
+            content = settings.read_bytes() if settings.exists() else b""
+            found[folder] = f"step {steps[-1]} of run {hashlib.sha256(content).hexdigest()[:8]}"
+    return found
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -104,13 +115,25 @@ def load_language_model(folder: str, context: int = 0, structure: str = "") -> L
 
 
 def load_tokenizer(folder: str, first: str) -> Tokenizer:
-    """The tokenizer of a finished stage. first: the command to run where there is none."""
+    """The tokenizer of a finished stage; one that was stopped is told. first: the command that makes it."""
+    usual = first.removeprefix("python train_").split(".")[0]
+    if folder not in (f"runs/{usual}", f"runs/tiny/{usual}"):
+        first += f" --out {folder}"
     if not steps_of(Path(folder)):
         raise UserError(f"{folder} holds no checkpoint; first run: {first}")
+    if stopped := stopped_at(folder):
+        print(f"note: {folder} was stopped at {stopped}; to finish it: {first}", file=sys.stderr)
     try:
         return Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of {folder} cannot be read: {error}") from None
+
+
+def stopped_at(folder: str) -> str:
+    """"step n of N" of a run that is not finished."""
+    path = Path(folder) / "config.json"
+    last, steps = steps_of(Path(folder))[-1], read_json(path).get("steps", 0) if path.exists() else 0
+    return f"step {last} of {steps}" if last < steps else ""
 
 
 def held_out_names(folder: str) -> set[str]:
@@ -122,7 +145,7 @@ def open_folder(folder: Path, config) -> dict | None:
     """Decide where this run starts; nothing is written. Returns the checkpoint to go on from, or None.
 
     resume=auto goes on where there is something to go on from, must insists on it, never wants an empty
-    folder. A run made with other settings is not touched, unless --overwrite says so: then common.open_run
+    folder. A run made with other settings is not touched, unless --overwrite says so: then open_run
     removes it, once everything else is known to be right.
     """
     state = latest(folder) if not config.overwrite else None
@@ -136,13 +159,32 @@ def open_folder(folder: Path, config) -> dict | None:
     before = dataclasses.asdict(type(config)()) | state["config"]   # what is new in Config had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items()
                if name not in FREE and before[name] != value]
-    newest = init_step(config)
-    if state.get("init_step", newest) != newest:                   # reference and samples are its
-        changed.append(f"{config.init} at step {state['init_step']} -> {newest}")
+    start = started_from(config)
+    for folder, before in state.get("started_from", start).items():       # what it learns is of their making
+        if start.get(folder) != before:
+            changed.append(f"{folder} at {before} -> {start.get(folder)}")
     if changed:
         raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or --overwrite it")
     return state
+
+
+def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
+    """Make the run folder: config.json, the tokenizer, and the names that no training set may hold."""
+    if run.rank:
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if config.overwrite:                        # only now: whatever was wrong with the settings has been said
+        for old in run.folder.glob("checkpoint-*.pt"):
+            old.unlink()
+    content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
+               "dtype_used": run.dtype_name(), "torch": torch.__version__,
+               "processor": processor_name(run.device), "started_from": started_from(config)}
+    write_atomically(run.folder / "config.json", (json.dumps(content, indent=1) + "\n").encode())
+    tokenizer.save(run.folder / "tokenizer.tiktoken")
+    if getattr(config, "init", ""):              # what an earlier stage held out stays held out
+        names = names | held_out_names(config.init)
+    (run.folder / "held_out.json").write_text(json.dumps(sorted(names), indent=0) + "\n")
 
 
 def restore(state: dict, **parts: Any) -> int:

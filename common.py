@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import hardware
-from errors import Fault, UserError, at_least, read_json
+from errors import Fault, UserError, at_least
 from hardware import processor_name
 
 
@@ -175,8 +175,10 @@ def check(config) -> None:
     at_least(1, config, "steps", "batch_size", "context", "row", "epochs", "minibatch_size", "ptx_size",
              "max_new", "eval_size", "prompts", "keep")
     at_least(0, config, "seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
-             "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip", "value_clip",
-             "value_lr", "adam_eps", "ptx", "no_end", "score_clip")
+             "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip",
+             "value_clip", "value_lr", "adam_eps", "ptx", "no_end", "score_clip")
+    if config.seed >= 2 ** 32:
+        raise UserError(f"seed is {config.seed}; it must be below 2^32")
     if getattr(config, "max_new", 0) >= config.context:
         raise UserError(f"max_new {config.max_new} leaves no room for a prompt in context {config.context}")
     for name in ("gamma", "lam"):
@@ -232,24 +234,6 @@ def rank_zero_first():
             dist.barrier()
 
 
-def open_run(run: Run, config, tokenizer, held_out_names) -> None:
-    """Make the run folder: config.json, the tokenizer, and the names that no training set may hold."""
-    if run.rank:
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if config.overwrite:                        # only now: whatever was wrong with the settings has been said
-        for old in run.folder.glob("checkpoint-*.pt"):
-            old.unlink()
-    content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
-               "dtype_used": run.dtype_name(), "torch": torch.__version__,
-               "processor": processor_name(run.device)}
-    write_atomically(run.folder / "config.json", (json.dumps(content, indent=1) + "\n").encode())
-    tokenizer.save(run.folder / "tokenizer.tiktoken")
-    if getattr(config, "init", ""):              # what an earlier stage held out stays held out
-        held_out_names = held_out_names | set(read_json(Path(config.init) / "held_out.json"))
-    (run.folder / "held_out.json").write_text(json.dumps(sorted(held_out_names), indent=0) + "\n")
-
-
 def wrap(model, run: Run, compiled: bool):
     """The model as the training step calls it: compiled if asked for, and averaging gradients where there are
     ranks.
@@ -277,8 +261,8 @@ def check_finite(step: int, **values) -> None:
     """Stop before the optimizer would spoil the weights."""
     for name, value in values.items():
         if not math.isfinite(float(torch.as_tensor(value).detach())):
-            raise Fault(f"the {name} of step {step + 1} is not a finite number; the last checkpoint is kept. "
-                        "A lower lr, more warmup or fp32 may help")
+            raise Fault(f"the {name} of step {step + 1} is not a finite number; the last checkpoint, if "
+                        "there is one, is kept. A lower lr, more warmup or fp32 may help")
 
 
 def padding_share(batches) -> float:
@@ -299,7 +283,8 @@ class Log:
     """
 
     def __init__(self, run: Run, start: int):
-        self.run, self.path, self.header = run, run.folder / "metrics.jsonl", None
+        self.run, self.path = run, run.folder / "metrics.jsonl"
+        self.header: list[str] = []
         self.interval: dict[str, list[float]] = {}
         if run.rank == 0:                      # resumed: forget what came after the checkpoint
             before = whole_lines(self.path) if start else []
@@ -323,10 +308,10 @@ class Log:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.header != list(row):
-            self.header = list(row)
-            self.run.print(" ".join(f"{name:>{max(9, len(name))}}" for name in row))
-        self.run.print(" ".join(f"{_short(value):>{max(9, len(name))}}" for name, value in row.items()))
+        if new := [name for name in row if name not in self.header]:
+            self.header += new
+            self.run.print(" ".join(f"{name:>{max(9, len(name))}}" for name in self.header))
+        self.run.print(" ".join(f"{_short(row.get(name)):>{max(9, len(name))}}" for name in self.header))
 
     def curves(self) -> None:
         """Draw every column against the step."""
@@ -352,5 +337,7 @@ class Log:
         figure.savefig(self.run.folder / "curves.png", dpi=110)
 
 
-def _short(value: float) -> str:
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e7 else f"{value:.4g}"

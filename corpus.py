@@ -241,14 +241,17 @@ def load_place(path: str) -> list[Record]:
 
 
 def read_text(path: str, content: str) -> list[Record]:
-    """A plain text as documents: cut at blank lines into parts of a few thousand characters."""
-    parts, size = [[]], 0
+    """A plain text as documents of up to 4,000 characters: cut at blank lines; a longer paragraph at the ends
+    of lines, a longer line at a space.
+    """
+    texts = [""]
     for paragraph in re.split(r"\n\s*\n", content):
-        if size + len(paragraph) > 4000 and parts[-1]:
-            parts, size = parts + [[]], 0
-        parts[-1].append(paragraph)
-        size += len(paragraph)
-    texts = ["\n\n".join(part) for part in parts]
+        glue = "\n\n"
+        for part in re.findall(r"(?s).{1,4000}\Z|.{0,3999}\n|.{0,3999}\s|.{1,4000}", paragraph):
+            if texts[-1] and len(texts[-1]) + len(part) > 4000:
+                texts.append("")
+            texts[-1] += (glue if texts[-1] else "") + part
+            glue = ""
     return [Record(f"{path}:{i}", text=text) for i, text in enumerate(texts) if text.strip()]
 
 

@@ -75,7 +75,7 @@ def loss_weights(batch: Batch, structure: str, source_weight: float) -> Tensor:
 
 def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """Examples -> rows of nearly equal length, so that little padding is needed, and of about row_length
-    tokens: 4/5 of it to 3/2 on average.
+    tokens: 4/5 of it to 3/2 on average, to twice where a size has two numbers, which are harder to balance.
 
     A size has one number for a decoder, two (source, target) for an encoder-decoder. Several numbers of rows
     are tried, since 64 examples fill 8 rows evenly but not 10; the one that computes the fewest tokens is
@@ -83,7 +83,8 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """
     sizes = np.array(sizes)
     wanted = (sizes.sum(0) / row_length).max()
-    tries = {min(len(sizes), n) for n in range(math.ceil(2 * wanted / 3), int(5 * wanted / 4) + 2)}
+    fewest = math.ceil(wanted / 2 if sizes.shape[1] == 2 else 2 * wanted / 3)
+    tries = {min(len(sizes), n) for n in range(fewest, int(5 * wanted / 4) + 2)}
     return min((_spread(sizes, n) for n in sorted(tries)), key=lambda rows: len(rows) * sum(
         few_sizes(int(n)) for n in np.max([sizes[row].sum(0) for row in rows], axis=0)))
 
@@ -216,6 +217,14 @@ class _Rows:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         positions_2d = torch.stack((tensors.pop("place"), tensors.pop("block")))
         return {**tensors, "positions_2d": positions_2d}
+
+
+def with_prompts(examples: list[Example], structure: str) -> list[Example]:
+    """To be continued: of a text without a source, as a decoder learns it, the first half becomes one."""
+    halves = [len(example.targets[0]) // 2 for example in examples]
+    return [example if example.source or structure == "encdec" else
+            Example(example.targets[0][:half], [example.targets[0][half:]])
+            for example, half in zip(examples, halves)]
 
 
 def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:
@@ -392,18 +401,22 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     kept = [row for row in rows
             if tokenizer.around + len(row.source) + max(map(len, row.targets), default=1) <= context]
     if len(kept) < len(rows):
-        run.print(f"{len(rows) - len(kept):,} of {len(rows):,} {' + '.join(names)} have more than {context} "
-                  "tokens and are dropped")
+        run.print(f"{len(rows) - len(kept):,} of {len(rows):,} records have more than {context} tokens in "
+                  f"{' + '.join(names)} and are dropped")
     return kept
 
 
-def require(examples: list[list], at_least: int, config, wanted: str) -> None:
-    """Both sets must hold something, and the training set one step's worth."""
-    if len(examples[0]) < at_least or not examples[1]:
-        raise UserError(f"{config.data or 'the default corpus'} gives {len(examples[0]):,} training and "
-                        f"{len(examples[1]):,} held-out sequences of at most {config.context} tokens; wanted "
-                        f"are {wanted}, {at_least:,} for a step: bring more data, raise context, or lower "
-                        "batch_size")
+def require(examples: list[list], at_least: int, config, wanted: str, most: int = 0) -> None:
+    """Both sets must hold something, and the training set one step's worth. most: tokens that a sequence may
+    have, where it is not the whole context.
+    """
+    train, held_out = map(len, examples)
+    if train < at_least or not held_out:
+        mend = ("it must hold such" if not train + held_out else "bring more of them" if train < at_least else
+                "bring at least two, to hold one out")
+        raise UserError(f"{config.data or 'the default corpus'} gives {train:,} training and {held_out:,} "
+                        f"held-out sequences of at most {most or config.context} tokens; wanted are "
+                        f"{wanted}, {at_least:,} for a step: {mend}, raise context, or lower batch_size")
 
 
 def require_tokens(pieces: list[list[int]], at_least: int, config) -> None:

@@ -68,12 +68,18 @@ class Study:
 def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     """The models of the stages that have been run, pretraining and SFT at least; the held-out prompts."""
     folder, device = Path(config.runs), hardware.choose_device(config.device)
-    models = {}
-    optional = [stage for stage in ("rm", "dpo", "ppo") if checkpoint.steps_of(folder / stage)]
-    for stage in ["pretrain", "sft", *optional]:
+    models, tokenizers = {}, {}
+    for stage in ("pretrain", "sft", "rm", "dpo", "ppo"):
         needed = f"python train_{stage}.py" + " --tiny" * config.tiny
-        tokenizer = checkpoint.load_tokenizer(str(folder / stage), needed)
+        if stage in ("rm", "dpo", "ppo") and not checkpoint.steps_of(folder / stage):
+            if stage != "dpo":
+                print(f"note: {folder / stage} holds no checkpoint, its row is left out; first run: {needed}")
+            continue
+        tokenizers[stage] = checkpoint.load_tokenizer(str(folder / stage), needed)
         models[stage] = checkpoint.load_model(str(folder / stage)).to(device).eval()
+    tokenizer = tokenizers["sft"]
+    if others := [stage for stage in tokenizers if tokenizers[stage].ranks != tokenizer.ranks]:
+        raise UserError(f"{', '.join(others)} in {folder} were trained on other tokens than sft")
     kept = set.union(*(checkpoint.held_out_names(str(folder / stage)) for stage in models))
     context = read_json(folder / "sft" / "config.json")["context"]
     records = corpus.load_records(config.data, config.tiny)

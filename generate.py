@@ -288,6 +288,9 @@ class Config:
     device: str = "auto"                # auto, cpu, cuda, mps
 
 
+STAGES = ("pretrain", "sft", "dpo", "ppo")            # run folders of models that write
+
+
 def as_trained(prompt: str) -> str:
     """A bare function signature gets its line of words; any other prompt stays as it is."""
     return function_prompt(prompt) if function_name(prompt) and "\n" not in prompt.strip() else prompt
@@ -310,7 +313,8 @@ def main(config: Config) -> list[str]:
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)
-    tokenizer = load_tokenizer(config.run, first="python train_pretrain.py")
+    stage = Path(config.run).name if Path(config.run).name in STAGES else "pretrain"
+    tokenizer = load_tokenizer(config.run, first=f"python train_{stage}.py")
     model = load_language_model(config.run).to(device)
     generator, trained = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
 

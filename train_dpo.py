@@ -51,6 +51,7 @@ class Config:
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
+    log_every: int = 100                # steps between lines of the log, 0: only where it is evaluated
     eval_every: int = 400               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
     save_every: int = 400               # steps between checkpoints, 0: only at the end
@@ -258,7 +259,7 @@ def main(config: Config) -> dict[str, float]:
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
     first = examples_of_step(config, loaded, start)[0]
     run.print_example(data.show_ranking(first, loaded.tokenizer, start=0))
-    common.open_run(run, config, loaded.tokenizer, loaded.names)
+    checkpoint.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     wrapped = common.wrap(model, run, config.compile)
 
@@ -268,8 +269,9 @@ def main(config: Config) -> dict[str, float]:
         log.add(train_step(config, run, loaded, wrapped, optimizer, step))
         if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
             checkpoint.save(run, step + 1, config, model.config, model=model, optimizer=optimizer)
-        if common.due(step + 1, config.eval_every, config.steps):
-            log.line(step + 1, **evaluate(config, run, loaded, model))
+        due = common.due(step + 1, config.eval_every, config.steps)
+        if due or common.due(step + 1, config.log_every, config.steps):
+            log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
 
     if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
         log.line(config.steps, **evaluate(config, run, loaded, model))

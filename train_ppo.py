@@ -64,7 +64,7 @@ class Config:
     steps: int = 32                     # iterations: sample, score, learn
     batch_size: int = 256               # answers an iteration, all ranks together
     context: int = 128                  # tokens of prompt and answer at most; max_new of them the answer's
-    row: int = 144                      # tokens of a packed row, about: several sequences share one
+    row: int = 256                      # tokens of a packed row, about: several sequences share one
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on all weights
@@ -129,6 +129,8 @@ def load_data(config: Config, run: common.Run) -> Data:
     if not own_reward.is_function(config.reward):
         if checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
             raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
+        if stopped := checkpoint.stopped_at(config.reward):         # its scores are normalised at its end
+            raise UserError(f"{config.reward} was stopped at {stopped}; finish it first: {needed}")
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.prompt]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of([r for r in train if r.response]))
@@ -136,7 +138,7 @@ def load_data(config: Config, run: common.Run) -> Data:
     sequences = [data.token_rows(run, tokenizer, part, ("prompt",), config.context - config.max_new)
                  for part in (train, held_out)]
     data.require(sequences, config.batch_size // config.samples, config,
-                 wanted="prompts (.jsonl with prompt)")
+                 wanted="prompts (.jsonl with prompt)", most=config.context - config.max_new)
     pairs, held_out_pairs = (data.token_rows(run, tokenizer, [r for r in part if r.response],
                                              ("prompt", "response"), config.context)
                              for part in (train, held_out))
@@ -291,6 +293,7 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     settings = optimizer.param_groups[0]
     estimate_advantages(config, run, rollouts, settings["beta"])
     metrics = describe(run, loaded, prompts, answers, rollouts)
+    metrics["padding"] = common.padding_share([rollout.batch for rollout in rollouts])
     if config.kl_target:
         settings["beta"] = objectives.adapted_beta(settings["beta"], metrics["kl"], config.kl_target)
         metrics["beta"] = settings["beta"]
@@ -534,7 +537,7 @@ def main(config: Config) -> dict[str, float]:
     networks, optimizer = networks_that_learn(model), build_optimizer(config, model)
     start = checkpoint.restore(state, **networks, optimizer=optimizer) if state else 0
     show_answer(config, run, loaded, model)
-    common.open_run(run, config, loaded.tokenizer, loaded.names)
+    checkpoint.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     model.policy, model.value = (network if network is None else common.wrap(network, run, config.compile)
                                  for network in (model.policy, model.value))

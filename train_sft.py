@@ -42,6 +42,7 @@ class Config:
     source_weight: float = 1.0          # loss on source tokens: 0 targets alone, 1 all tokens (causal only)
     weight_decay: float = 0.1           # on matrices only
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
+    log_every: int = 100                # steps between lines of the log, 0: only where it is evaluated
     eval_every: int = 400               # steps between evaluations, 0: only at the end
     eval_size: int = 500                # held-out sequences in an evaluation
     save_every: int = 400               # steps between checkpoints, 0: only at the end
@@ -80,11 +81,11 @@ def load_data(config: Config, run: common.Run) -> Data:
     tokenizer = checkpoint.load_tokenizer(config.init, "python train_pretrain.py" + " --tiny" * config.tiny)
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
+    rng = np.random.default_rng(config.seed)
     sequences = [data.token_rows(run, tokenizer, part, ("prompt", "response"), config.context)
                  for part in (train, held_out)]
     data.require(sequences, config.batch_size, config,
                  wanted="pairs (.jsonl with prompt + response)")
-    rng = np.random.default_rng(config.seed)
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
@@ -174,7 +175,7 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
-    examples = loaded.held_out[:6]
+    examples = data.with_prompts(loaded.held_out[:6], model.config.structure)
     answers = answers_to_show(model, examples, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
                        for example, answer in zip(examples, answers)])
@@ -194,7 +195,7 @@ def main(config: Config) -> dict[str, float]:
     start = checkpoint.restore(state, model=model, optimizer=optimizer) if state else 0
     first = examples_of_step(config, loaded, start)[0]
     run.print_example(data.show(first, model.config.structure, loaded.tokenizer))
-    common.open_run(run, config, loaded.tokenizer, loaded.names)
+    checkpoint.open_run(run, config, loaded.tokenizer, loaded.names)
     log = common.Log(run, start)
     wrapped = common.wrap(model, run, config.compile)
 
@@ -204,8 +205,9 @@ def main(config: Config) -> dict[str, float]:
         log.add(train_step(config, run, loaded, wrapped, optimizer, step))
         if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
             checkpoint.save(run, step + 1, config, model.config, model=model, optimizer=optimizer)
-        if common.due(step + 1, config.eval_every, config.steps):
-            log.line(step + 1, **evaluate(config, run, loaded, model))
+        due = common.due(step + 1, config.eval_every, config.steps)
+        if due or common.due(step + 1, config.log_every, config.steps):
+            log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
 
     if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
         log.line(config.steps, **evaluate(config, run, loaded, model))

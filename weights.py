@@ -306,7 +306,7 @@ def import_folder(config: Config) -> LanguageModel:
     with torch.device("meta"):
         model = build(model_config)
     model.load_state_dict(to_ours(read_folder(folder), layout, model_config, folder), assign=True)
-    common.open_run(run, config, tokenizer, set())
+    checkpoint.open_run(run, config, tokenizer, set())
     checkpoint.save(run, 0, config, model_config, model=model)
     print(f"{run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {told}\n"
           f'next: python generate.py --run {run.folder} --prompt "..."')

@@ -12,6 +12,9 @@ import corpus
 import data
 import labeller
 import tokenizer as tokenizer_file
+import train_ppo
+import train_rm
+import train_sft
 from conftest import STRUCTURES, random_examples
 from errors import UserError
 
@@ -273,16 +276,33 @@ def test_an_objective_finds_its_tokens_in_a_published_tokenizer(tokenizer):
             data.objective_of(name, published, 64)
 
 
-@pytest.mark.parametrize("structure, source, target", [("causal", 30, 15), ("prefix", 30, 15), ("encdec", 30, 15)])
-def test_little_padding(structure, source, target, tokenizer):
-    """At most 5 % of the computed tokens are padding, for 64 pairs of lengths as SFT and PPO have them."""
-    rng = np.random.default_rng(0)
-    shares = []
-    for _ in range(10):
-        lengths = [(int(rng.integers(source // 2, 2 * source)), [int(rng.integers(target // 2, 2 * target))]) for _ in range(64)]
-        padding, everything = data.lay_out(random_examples(lengths), structure, 256, tokenizer).padding()
-        shares.append(padding / everything)
-    assert np.mean(shares) <= 0.05, shares
+@pytest.mark.parametrize("stage", [train_sft, train_rm, train_ppo])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_little_padding(stage, structure, tokenizer):
+    """At most 5 % of the computed tokens are padding, as each stage lays its sequences out by default."""
+    config, rng, padding, everything = stage.Config(), np.random.default_rng(0), 0, 0
+    n, answers = {train_sft: (32, 1), train_rm: (8, 6), train_ppo: (16, 4)}[stage]
+    for _ in range(30):
+        examples = random_examples([(int(rng.integers(15, 60)), rng.integers(8, 32, answers)) for _ in range(n)])
+        if stage is train_ppo:
+            examples = data.answers_of_prompts([source for source, _ in examples for _ in range(answers)],
+                                               [target for _, targets in examples for target in targets],
+                                               structure, config.row, tokenizer)
+        more, all_tokens = data.lay_out(examples, structure, config.row, tokenizer).padding()
+        padding, everything = padding + more, everything + all_tokens
+    assert padding / everything <= 0.05, padding / everything
+
+
+@pytest.mark.parametrize("text", ["a line of words\n" * 3000, "word " * 5000, "x" * 9000,
+                                  "a paragraph\n\n" * 2000, "short", "\n\nword " * 700 + "\nx" * 4000])
+def test_any_text_becomes_documents(text, tmp_path):
+    """With blank lines or without, nothing of it is lost, and a long one has several, to hold one out."""
+    records = corpus.read_text("a.txt", text)
+    assert "".join("".join(record.text.split()) for record in records) == "".join(text.split())
+    assert max(len(record.text) for record in records) <= 4002
+    assert (len(records) > 1) == (len(text) > 4000) and len({record.name for record in records}) == len(records)
+    if "\n\n" not in text:
+        assert "".join(record.text for record in records) == text
 
 
 def test_rows_are_about_as_long_as_asked_for():

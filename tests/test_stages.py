@@ -367,8 +367,43 @@ def test_a_run_does_not_go_on_from_another_start(flow, no_curves, tmp_path):
     config = dataclasses.replace(stages[2][1], init=str(sft), out=str(tmp_path / "new"), steps=2)
     train_rm.main(config)
     shutil.copy(sft / "checkpoint-0000004.pt", sft / "checkpoint-0000006.pt")
-    with pytest.raises(UserError, match="sft at step 4 -> 6"):
+    with pytest.raises(UserError, match="sft at step 4 of run .* -> step 6 of run "):
         train_rm.main(dataclasses.replace(config, steps=4))
+    rm = shutil.copytree(runs / "rm", tmp_path / "rm")
+    config = dataclasses.replace(stages[3][1], reward=str(rm), out=str(tmp_path / "ppo"), steps=1)
+    train_ppo.main(config)
+    settings = json.loads((rm / "config.json").read_text())                # as if trained anew with another seed
+    (rm / "config.json").write_text(json.dumps(settings | {"seed": 9}))
+    with pytest.raises(UserError, match="rm at step 4 of run .* -> step 4 of run "):
+        train_ppo.main(dataclasses.replace(config, steps=2))
+
+
+@one_structure
+def test_a_stage_that_was_stopped_is_told(flow, tmp_path, capsys):
+    """A model may be used before it is finished; a reward model not: its scores are normalised at the end."""
+    runs, stages, _ = flow
+    copies = {name: shutil.copytree(runs / name, tmp_path / name) for name in ("pretrain", "sft", "rm")}
+    for folder in copies.values():
+        (folder / "checkpoint-0000004.pt").unlink()
+    checkpoint.load_tokenizer(str(copies["sft"]), "python train_sft.py")
+    said = f"note: {copies['sft']} was stopped at step 2 of 4; to finish it: python train_sft.py --out {copies['sft']}"
+    assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="rm was stopped at step 2 of 4; finish it first: python train_rm.py"):
+        train_ppo.main(dataclasses.replace(stages[3][1], reward=str(copies["rm"]), out=str(tmp_path / "ppo")))
+
+
+@one_structure
+def test_the_report_says_what_is_missing(flow, tmp_path, capsys):
+    """Without a reward model its rows are left out, and said; stages with different tokenizers are refused."""
+    for name in ("pretrain", "sft"):
+        shutil.copytree(flow[0] / name, tmp_path / name)
+    config = evaluate.Config(runs=str(tmp_path), data=flow[1][1][1].data, device="cpu", prompts=4, max_new=4)
+    assert "ppo" not in evaluate.main(config)
+    assert f"note: {tmp_path}/rm holds no checkpoint" in capsys.readouterr().out
+    path = tmp_path / "pretrain" / "tokenizer.tiktoken"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="pretrain in .* other tokens than sft"):
+        evaluate.main(config)
 
 
 @one_structure
@@ -644,6 +679,7 @@ def test_bad_files_are_one_sentence(monkeypatch, capsys, tmp_path, flow, content
     (("--objective", "guess"), "guess"),
     (("--vocab", "100"), "vocab 100"),
     (("--steps", "0"), "steps"),
+    (("--seed", "99999999999999999999"), "seed"),
     (("--source_weight", "-1"), "source_weight"),
     (("--steps", "many"), "many"),
     (("--batch_size", "100000"), "lower"),

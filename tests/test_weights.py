@@ -725,7 +725,7 @@ def test_a_failed_import_writes_nothing(spoil, sentence, tmp_path):
 def test_what_a_layout_cannot_say_is_refused(tmp_path, random_model, tokenizer):
     run = common.Run(tmp_path / "run", torch.device("cpu"), torch.float32)
     config = weights.Config("export", str(run.folder), str(tmp_path / "out"))
-    common.open_run(run, config, tokenizer, set())
+    checkpoint.open_run(run, config, tokenizer, set())
     model = random_model("prefix")
     checkpoint.save(run, 1, config, model.config, model=model)
     for layout, sentence in (("llama", "structure 'prefix'"), ("gpt2", "is no gpt2.*norm 'rms'"),

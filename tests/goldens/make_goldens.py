@@ -301,7 +301,7 @@ def check_exports() -> None:
             run, out = common.Run(Path(place, "run"), torch.device("cpu"), torch.float32), Path(place, "out")
             settings = weights.Config("export", str(run.folder), str(out), layout)
             ranks = {bytes([byte]): byte for byte in range(180)}
-            common.open_run(run, settings, ours.Tokenizer(ranks), set())
+            checkpoint.open_run(run, settings, ours.Tokenizer(ranks), set())
             checkpoint.save(run, 7, settings, config, model=model)
             weights.main(settings)
             auto = AutoModelForSeq2SeqLM if layout == "t5" else AutoModelForCausalLM
