@@ -307,8 +307,8 @@ def build_report(config: Config) -> tuple[dict, str]:
     report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     report["processor"] = hardware.processor_name(study.device)
     report["prompts"] = len(study.prompts)
-    best = {"best_of_n": written["best_of_n"]} if study.reward else {}
-    return report, examples(study, {"human": study.human, **greedy, **best})
+    answers, shown = written | greedy, ("human", "base", "sft", "best_of_n", "dpo", "ppo")
+    return report, examples(study, {name: answers[name] for name in shown if name in answers})
 
 
 def examples(study: Study, answers: dict[str, list]) -> str:
@@ -323,6 +323,11 @@ def examples(study: Study, answers: dict[str, list]) -> str:
 
 COLUMNS = ("gold", "gold_low", "gold_high", "gold_greedy", "about", "about_greedy", "f1_greedy", "win_human",
            "win_sft", "reward", "kl", "entropy", "loss", "distinct_2", "length", "ended")
+MEANING = {"gold": "labeller's score", "gold_low": "its 95 % interval", "gold_greedy": "of greedy answers¹",
+           "about": "identifier's words", "f1_greedy": "with human line¹", "win_human": "preferred to it",
+           "reward": "reward model's", "kl": "nats an answer", "entropy": "nats a token",
+           "loss": "of human answers", "length": "tokens"}
+FOOTNOTE = "¹ sft_cool, best_of_n and human have none: there the figures of their own answers."
 ROWS = ("base", "sft", "sft_cool", "best_of_n", "dpo", "ppo", "human")
 
 
@@ -335,29 +340,44 @@ def as_table(report: dict, columns: tuple = COLUMNS) -> str:
     return "\n".join(lines)
 
 
+def as_text(report: dict) -> str:
+    """The same for a screen: a line for every figure, a column for every row."""
+    rows = [row for row in ROWS if row in report]
+    lines = [f"{'':<14}" + "".join(f"{row:>10}" for row in rows)]
+    for column in COLUMNS:
+        cells = [f"{report[row][column]:.3f}" if column in report[row] else "" for row in rows]
+        cells = [f"{column:<14}", *(f"{cell:>10}" for cell in cells), "  ", MEANING.get(column, "")]
+        lines.append("".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def draw(report: dict, path: Path) -> None:
     """Gold score with its interval, and what was paid for it: KL, entropy, loss."""
     from matplotlib.figure import Figure           # not pyplot: a notebook keeps its own backend
     figure = Figure(figsize=(11, 3.8))
     left, right = figure.subplots(1, 2)
     shown = [row for row in ROWS if row in report]
-    labels = {"gold": "sampled at temperature 1 (sft_cool: lower)", "gold_greedy": "greedy"}
+    labels = {"gold": "its answers (of models at temperature 1, sft_cool lower)", "gold_greedy": "greedy"}
     for k, (name, label) in enumerate(labels.items()):
         rows = [row for row in shown if name == "gold" or row in ("base", "sft", "dpo", "ppo")]
-        x = [shown.index(row) + 0.18 * (2 * k - 1) for row in rows]
+        aside = {row: 0.18 * (2 * k - 1) * (row in ("base", "sft", "dpo", "ppo")) for row in rows}
+        x = [shown.index(row) + aside[row] for row in rows]
         y = np.array([report[row][name] for row in rows])
         low, high = (np.array([report[row][f"{name}_{side}"] for row in rows]) for side in ("low", "high"))
         left.bar(x, y, 0.34, label=label, color=("#4477aa", "#ccbb44")[k])
         left.errorbar(x, y, yerr=[y - low, high - y], fmt="none", color="black", capsize=3)
     left.axhline(report["human"]["gold"], color="grey", linestyle=":", linewidth=1)
-    left.set(xticks=range(len(shown)), title="gold score (95 % interval over prompts)", ylim=(0, 1))
+    left.set(xticks=range(len(shown)), title="gold score (95 % interval over prompts)", ylim=(0, 1.15))
     left.set_xticklabels([row.replace("_", " ") for row in shown])
     left.legend(fontsize=8, loc="upper left")
     measures = ("kl", "entropy", "loss")
-    policies = [row for row in ("ppo", "dpo") if row in report]
-    for k, name in enumerate(["sft", *policies[:1]]):
-        right.bar(np.arange(3) + 0.18 * (2 * k - 1), [report[name][m] for m in measures], 0.34, label=name,
-                  color=("#66ccee", "#aa3377")[k])
+    colours = {"sft": "#66ccee", "dpo": "#228833", "ppo": "#aa3377"}
+    policies = [row for row in colours if row in report]
+    for k, name in enumerate(policies):
+        aside = 0.27 * (k - (len(policies) - 1) / 2)
+        bars = right.bar(np.arange(3) + aside, [report[name][measure] for measure in measures], 0.25,
+                         label=name, color=colours[name])
+        right.bar_label(bars, fmt="%.2f", fontsize=7)
     right.set(xticks=range(3), title="what it costs, in nats")
     right.set_xticklabels(("KL to SFT\nper answer", "entropy\nper token", "loss on human\nanswers per token"))
     right.legend(fontsize=8)
@@ -378,6 +398,8 @@ def main(config: Config) -> dict:
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in report["seconds"].items())
     text = (f"# What each stage changed\n\n{report['prompts']} held-out functions; {report['processor']}, "
             f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\n"
+            + "; ".join(f"`{column}`: {meaning}" for column, meaning in MEANING.items())
+            + f". {FOOTNOTE}\n\n"
             f"Base model: {report['base']['bits_per_byte']:.3f} bits per byte of held-out text. "
             + f"Reward model: {accuracy}." * bool(accuracy) + f"\n\n![report](report.png)\n\n"
             f"## Ten of them, with the labeller's score\n\n{shown}\n")
@@ -385,7 +407,8 @@ def main(config: Config) -> dict:
     last = [name for name in ("sft", "dpo", "ppo") if name in report][-1]
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(folder / "report.md", text.encode())
-    print(text)
+    print(f"{as_text(report)}\n{FOOTNOTE}\n\nBase model: {report['base']['bits_per_byte']:.3f} bits per byte."
+          + f" Reward model: {accuracy}." * bool(accuracy) + f"\n\n{shown}\n")
     print(f"written: {folder}/report.md, report.json, report.png. "
           f'Next: python generate.py --run {folder}/{last} --prompt "def area(width, height):"')
     return report
