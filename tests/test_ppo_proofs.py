@@ -425,7 +425,7 @@ def rollout_of(random_model, tokenizer, structure: str, run=RUN):
     model.value = value.requires_grad_()
     model.policy.requires_grad_()
     model.reference = random_model(structure)
-    config = train_ppo.Config(ptx=0.0, row=16, clip=0.0)
+    config = train_ppo.Config(ptx=0.0, row=8, clip=0.0)
     loaded = SimpleNamespace(tokenizer=tokenizer, pairs=[])
     rollout = train_ppo.score(config, run, loaded, model, *zip(*examples))
     train_ppo.estimate_advantages(config, run, [rollout], config.beta)
