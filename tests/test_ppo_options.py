@@ -225,6 +225,18 @@ def test_warnings_name_what_has_changed():
     assert train_ppo.warnings_of(first | {"reward": 9.0}, first) == []
 
 
+def test_every_rank_repeats_its_own_answers(random_model, tokenizer):
+    """The draws are a function of seed, step and rank: each of them makes others, the same ones the same."""
+    model, loaded = SimpleNamespace(policy=random_model("causal")), SimpleNamespace(tokenizer=tokenizer)
+    def drawn(seed: int, step: int, rank: int) -> list:
+        run = common.Run(None, torch.device("cpu"), torch.float32, rank, 2)
+        config = train_ppo.Config(seed=seed, max_new=8)
+        return train_ppo.sample(config, run, loaded, model, 4 * [[65, 66]], step)
+    first = drawn(1, 0, 0)
+    assert drawn(1, 0, 0) == first
+    assert all(drawn(*other) != first for other in ((2, 0, 0), (1, 1, 0), (1, 0, 1)))
+
+
 @pytest.mark.parametrize("samples, settings", [(1, dict(kl_target=6.0)), (2, dict(advantage="rloo", ptx=0.0))])
 def test_the_glossary_names_every_column_of_the_log(samples, settings, random_model, tokenizer):
     """Notebook 6 explains what an iteration and an evaluation log, and nothing that is not logged."""

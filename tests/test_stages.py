@@ -438,6 +438,19 @@ def test_a_reward_model_is_no_model_to_start_from(flow, module, monkeypatch, cap
     assert "is a reward model" in error and not (tmp_path / "out").exists()
 
 
+@one_structure
+@pytest.mark.parametrize("stage", range(4))
+def test_micro_batches_make_the_same_step(flow, stage, no_curves, tmp_path):
+    """One forward pass or several: every loss is divided by what the whole step counts."""
+    main, config = flow[1][stage]
+    whole, parts = (main(dataclasses.replace(config, steps=1, out=str(tmp_path / str(size)), micro_batch_size=size))
+                    for size in (0, 2))
+    compared = {"train_loss", "gradient", "counted", "policy_loss", "value_loss", "ptx_loss", "loss"} & set(whole)
+    assert compared
+    for name in compared:
+        assert whole[name] == pytest.approx(parts[name], rel=1e-3, abs=1e-5), name
+
+
 def test_generate_answers_from_a_run(flow, capsys):
     """The command line's main gives as many answers as asked for."""
     runs, _, _ = flow
