@@ -8,6 +8,7 @@ bit.
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import re
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from common import Run, replacing, write_atomically
 from errors import UserError, read_json
-from hardware import processor_name
+from hardware import processor_name, recorded
 from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
     """
     if run.rank:
         return
-    state = {"step": step, "config": dataclasses.asdict(config), "started_from": started_from(config),
+    state = {"step": step, "config": dataclasses.asdict(config),
              "model_config": dataclasses.asdict(model_config),
              **{name: part.state_dict() for name, part in parts.items()}}
     for half_written in run.folder.glob("checkpoint-*.tmp"):           # a run was killed in the middle of it
@@ -114,15 +115,19 @@ def load_language_model(folder: str, context: int = 0, structure: str = "") -> L
     return model
 
 
-def load_tokenizer(folder: str, first: str) -> Tokenizer:
-    """The tokenizer of a finished stage; one that was stopped is told. first: the command that makes it."""
-    usual = first.removeprefix("python train_").split(".")[0]
-    if folder not in (f"runs/{usual}", f"runs/tiny/{usual}"):
-        first += f" --out {folder}"
+def command_for(stage: str, folder: str, tiny: bool = False) -> str:
+    """The command that trains a stage into this folder."""
+    usual = str(folder) in (f"runs/{stage}", f"runs/tiny/{stage}")
+    return f"python train_{stage}.py" + " --tiny" * tiny + f" --out {folder}" * (not usual)
+
+
+def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:
+    """The tokenizer of a finished stage; one that was stopped is told."""
     if not steps_of(Path(folder)):
-        raise UserError(f"{folder} holds no checkpoint; first run: {first}")
-    if stopped := stopped_at(folder):
-        print(f"note: {folder} was stopped at {stopped}; to finish it: {first}", file=sys.stderr)
+        raise UserError(f"{folder} holds no checkpoint; first run: {command_for(stage, folder, tiny)}")
+    if (stopped := stopped_at(folder)) and os.environ.get("RANK", "0") == "0":
+        print(f"note: {folder} was stopped at {stopped}; to finish it: {command_for(stage, folder, tiny)}",
+              file=sys.stderr)
     try:
         return Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
     except (OSError, ValueError) as error:
@@ -131,9 +136,9 @@ def load_tokenizer(folder: str, first: str) -> Tokenizer:
 
 def stopped_at(folder: str) -> str:
     """"step n of N" of a run that is not finished."""
-    path = Path(folder) / "config.json"
-    last, steps = steps_of(Path(folder))[-1], read_json(path).get("steps", 0) if path.exists() else 0
-    return f"step {last} of {steps}" if last < steps else ""
+    wanted = read_json(Path(folder) / "config.json", absent={}).get("steps", 0)
+    steps = steps_of(Path(folder))
+    return f"step {steps[-1]} of {wanted}" if steps and steps[-1] < wanted else ""
 
 
 def held_out_names(folder: str) -> set[str]:
@@ -159,10 +164,10 @@ def open_folder(folder: Path, config) -> dict | None:
     before = dataclasses.asdict(type(config)()) | state["config"]   # what is new in Config had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items()
                if name not in FREE and before[name] != value]
-    start = started_from(config)
-    for folder, before in state.get("started_from", start).items():       # what it learns is of their making
-        if start.get(folder) != before:
-            changed.append(f"{folder} at {before} -> {start.get(folder)}")
+    start = started_from(config)                                    # what it learns is of their making
+    changed += [f"{origin} at {then} -> {start.get(origin)}"
+                for origin, then in recorded(config).get("started_from", start).items()
+                if start.get(origin) != then]
     if changed:
         raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or --overwrite it")

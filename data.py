@@ -221,10 +221,10 @@ class _Rows:
 
 def with_prompts(examples: list[Example], structure: str) -> list[Example]:
     """To be continued: of a text without a source, as a decoder learns it, the first half becomes one."""
-    halves = [len(example.targets[0]) // 2 for example in examples]
-    return [example if example.source or structure == "encdec" else
-            Example(example.targets[0][:half], [example.targets[0][half:]])
-            for example, half in zip(examples, halves)]
+    def halved(text: list[int]) -> Example:
+        return Example(text[:len(text) // 2], [text[len(text) // 2:]])
+    return [example if example.source or structure == "encdec" else halved(example.targets[0])
+            for example in examples]
 
 
 def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:

@@ -22,8 +22,10 @@ def at_least(least: int, config, *names: str) -> None:
             raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a file in a run folder."""
+def read_json(path: Path, absent: Any = None) -> Any:
+    """The content of a file in a run folder. absent: what to return where there is none; None: refuse."""
+    if absent is not None and not Path(path).exists():
+        return absent
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -70,13 +70,14 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     folder, device = Path(config.runs), hardware.choose_device(config.device)
     models, tokenizers = {}, {}
     for stage in ("pretrain", "sft", "rm", "dpo", "ppo"):
-        needed = f"python train_{stage}.py" + " --tiny" * config.tiny
-        if stage in ("rm", "dpo", "ppo") and not checkpoint.steps_of(folder / stage):
+        run_folder = str(folder / stage)
+        if stage in ("rm", "dpo", "ppo") and not checkpoint.steps_of(run_folder):
             if stage != "dpo":
-                print(f"note: {folder / stage} holds no checkpoint, its row is left out; first run: {needed}")
+                print(f"note: {run_folder} holds no checkpoint, its row is left out; first run: "
+                      + checkpoint.command_for(stage, run_folder, config.tiny))
             continue
-        tokenizers[stage] = checkpoint.load_tokenizer(str(folder / stage), needed)
-        models[stage] = checkpoint.load_model(str(folder / stage)).to(device).eval()
+        tokenizers[stage] = checkpoint.load_tokenizer(run_folder, stage, config.tiny)
+        models[stage] = checkpoint.load_model(run_folder).to(device).eval()
     tokenizer = tokenizers["sft"]
     if others := [stage for stage in tokenizers if tokenizers[stage].ranks != tokenizer.ranks]:
         raise UserError(f"{', '.join(others)} in {folder} were trained on other tokens than sft")
@@ -331,11 +332,15 @@ FOOTNOTE = "¹ sft_cool, best_of_n and human have none: there the figures of the
 ROWS = ("base", "sft", "sft_cool", "best_of_n", "dpo", "ppo", "human")
 
 
+def _cell(report: dict, row: str, column: str) -> str:
+    return f"{report[row][column]:.3f}" if column in report[row] else ""
+
+
 def as_table(report: dict, columns: tuple = COLUMNS) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(("", *columns)) + " |", "|" + "---|" * (len(columns) + 1)]
     for name in (row for row in ROWS if row in report):
-        cells = [f"{report[name][column]:.3f}" if column in report[name] else "" for column in columns]
+        cells = [_cell(report, name, column) for column in columns]
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines)
 
@@ -345,9 +350,8 @@ def as_text(report: dict) -> str:
     rows = [row for row in ROWS if row in report]
     lines = [f"{'':<14}" + "".join(f"{row:>10}" for row in rows)]
     for column in COLUMNS:
-        cells = [f"{report[row][column]:.3f}" if column in report[row] else "" for row in rows]
-        cells = [f"{column:<14}", *(f"{cell:>10}" for cell in cells), "  ", MEANING.get(column, "")]
-        lines.append("".join(cells))
+        cells = "".join(f"{_cell(report, row, column):>10}" for row in rows)
+        lines.append(f"{column:<14}{cells}  {MEANING.get(column, '')}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -356,12 +360,11 @@ def draw(report: dict, path: Path) -> None:
     from matplotlib.figure import Figure           # not pyplot: a notebook keeps its own backend
     figure = Figure(figsize=(11, 3.8))
     left, right = figure.subplots(1, 2)
-    shown = [row for row in ROWS if row in report]
+    shown, two_bars = [row for row in ROWS if row in report], ("base", "sft", "dpo", "ppo")
     labels = {"gold": "its answers (of models at temperature 1, sft_cool lower)", "gold_greedy": "greedy"}
     for k, (name, label) in enumerate(labels.items()):
-        rows = [row for row in shown if name == "gold" or row in ("base", "sft", "dpo", "ppo")]
-        aside = {row: 0.18 * (2 * k - 1) * (row in ("base", "sft", "dpo", "ppo")) for row in rows}
-        x = [shown.index(row) + aside[row] for row in rows]
+        rows = [row for row in shown if name == "gold" or row in two_bars]
+        x = [shown.index(row) + 0.18 * (2 * k - 1) * (row in two_bars) for row in rows]
         y = np.array([report[row][name] for row in rows])
         low, high = (np.array([report[row][f"{name}_{side}"] for row in rows]) for side in ("low", "high"))
         left.bar(x, y, 0.34, label=label, color=("#4477aa", "#ccbb44")[k])
@@ -395,20 +398,20 @@ def main(config: Config) -> dict:
     table = as_table(report)
     accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
                          for name, value in report["reward_model"].items())
+    others = (f"Base model: {report['base']['bits_per_byte']:.3f} bits per byte of held-out text. "
+              + f"Reward model: {accuracy}." * bool(accuracy))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in report["seconds"].items())
     text = (f"# What each stage changed\n\n{report['prompts']} held-out functions; {report['processor']}, "
             f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\n"
             + "; ".join(f"`{column}`: {meaning}" for column, meaning in MEANING.items())
             + f". {FOOTNOTE}\n\n"
-            f"Base model: {report['base']['bits_per_byte']:.3f} bits per byte of held-out text. "
-            + f"Reward model: {accuracy}." * bool(accuracy) + f"\n\n![report](report.png)\n\n"
+            f"{others}\n\n![report](report.png)\n\n"
             f"## Ten of them, with the labeller's score\n\n{shown}\n")
     draw(report, folder / "report.png")
     last = [name for name in ("sft", "dpo", "ppo") if name in report][-1]
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(folder / "report.md", text.encode())
-    print(f"{as_text(report)}\n{FOOTNOTE}\n\nBase model: {report['base']['bits_per_byte']:.3f} bits per byte."
-          + f" Reward model: {accuracy}." * bool(accuracy) + f"\n\n{shown}\n")
+    print(f"{as_text(report)}\n{FOOTNOTE}\n\n{others}\n\n{shown}\n")
     print(f"written: {folder}/report.md, report.json, report.png. "
           f'Next: python generate.py --run {folder}/{last} --prompt "def area(width, height):"')
     return report

@@ -200,18 +200,24 @@ def beam_search(model: LanguageModel, prompts: list[list[int]], tokenizer: Token
     length_power: without it the shortest wins (Wu et al. 2016, section 7, in a simpler form). Nothing is
     drawn, and one beam is greedy decoding. Of an answer's tokens beside its end none is special.
     """
-    if len(parts := [prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size)]) != 1:
-        return [answer for part in parts
-                for answer in beam_search(model, part, tokenizer, max_new, beams, length_power, batch_size)]
+    batches = (prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size))
+    return [answer for batch in batches
+            for answer in search_batch(model, batch, tokenizer, max_new, beams, length_power)]
+
+
+def search_batch(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer, max_new: int,
+                 beams: int, length_power: float) -> list[list[int]]:
+    """beam_search() for prompts that fit into one batch, P of them."""
     decoding = Decoding(model, prompts, max_new, tokenizer)
     logits, P, V = decoding.read_prompt(), len(prompts), model.config.vocab
+    never, row_P1 = never_drawn(V, tokenizer, logits.device), torch.arange(P, device=logits.device)[:, None]
+    only_end_V = torch.full((V,), float("-inf"), device=logits.device)
+    only_end_V[tokenizer.end] = 0.0                                     # what has ended goes on at no cost
     sums_PM = torch.zeros(P, 1, device=logits.device)                   # log p of the M hypotheses so far
     length_PM, ended_PM = torch.zeros_like(sums_PM), torch.zeros_like(sums_PM, dtype=torch.bool)
     tokens_PMT = torch.zeros(P, 1, 0, dtype=torch.long, device=logits.device)
     for _ in range(max_new):
-        logprobs_PMV = drawn_from(logits.float(), tokenizer, 1.0).log_softmax(-1).view(P, -1, V)
-        only_end_V = torch.full((V,), float("-inf"), device=logits.device)
-        only_end_V[tokenizer.end] = 0.0                                 # what has ended goes on at no cost
+        logprobs_PMV = logits.float().index_fill(1, never, float("-inf")).log_softmax(-1).view(P, -1, V)
         sums_PMV = sums_PM[..., None] + torch.where(ended_PM[..., None], only_end_V, logprobs_PMV)
         length_PM = length_PM + ~ended_PM
         scores_PMV = sums_PMV / length_PM[..., None] ** length_power
@@ -219,7 +225,6 @@ def beam_search(model: LanguageModel, prompts: list[list[int]], tokenizer: Token
         before_PM, new_PM = best_PM // V, best_PM % V
         sums_PM = sums_PMV.flatten(1).gather(1, best_PM)
         length_PM, ended_PM = length_PM.gather(1, before_PM), ended_PM.gather(1, before_PM)
-        row_P1 = torch.arange(P, device=logits.device)[:, None]
         tokens_PMT = torch.cat((tokens_PMT[row_P1, before_PM], new_PM[..., None]), dim=-1)
         ended_PM = ended_PM | (new_PM == tokenizer.end)
         if ended_PM.all() or tokens_PMT.shape[-1] == max_new:
@@ -298,8 +303,7 @@ def as_trained(prompt: str) -> str:
 
 def trained_context(folder: str) -> int:
     """Tokens of the longest sequence in a stage's training; 0 where the folder does not tell."""
-    path = Path(folder) / "config.json"
-    return read_json(path).get("context", 0) if path.exists() else 0
+    return read_json(Path(folder) / "config.json", absent={}).get("context", 0)
 
 
 def main(config: Config) -> list[str]:
@@ -314,7 +318,7 @@ def main(config: Config) -> list[str]:
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)
     stage = Path(config.run).name if Path(config.run).name in STAGES else "pretrain"
-    tokenizer = load_tokenizer(config.run, first=f"python train_{stage}.py")
+    tokenizer = load_tokenizer(config.run, stage)
     model = load_language_model(config.run).to(device)
     generator, trained = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
 

@@ -88,9 +88,8 @@ def cores() -> int:
 
 def recorded(config) -> dict:
     """What a run that this one goes on with has written into its config.json; empty where there is none."""
-    path = Path(config.out) / "config.json"
-    goes_on = path.exists() and not config.overwrite and config.resume != "never"
-    return read_json(path) if goes_on else {}
+    goes_on = not config.overwrite and config.resume != "never"
+    return read_json(Path(config.out) / "config.json", absent={}) if goes_on else {}
 
 
 def choose_ranks(config) -> int:

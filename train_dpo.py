@@ -91,7 +91,7 @@ class Data:
 
 
 def load_data(config: Config, run: common.Run) -> Data:
-    tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
+    tokenizer = checkpoint.load_tokenizer(config.init, "sft", config.tiny)
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response or r.chosen]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of(train))

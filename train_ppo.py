@@ -124,13 +124,13 @@ class Data:
 
 
 def load_data(config: Config, run: common.Run) -> Data:
-    tokenizer = checkpoint.load_tokenizer(config.init, "python train_sft.py" + " --tiny" * config.tiny)
-    needed = "python train_rm.py" + " --tiny" * config.tiny
+    tokenizer = checkpoint.load_tokenizer(config.init, "sft", config.tiny)
     if not own_reward.is_function(config.reward):
-        if checkpoint.load_tokenizer(config.reward, needed).ranks != tokenizer.ranks:
-            raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
         if stopped := checkpoint.stopped_at(config.reward):         # its scores are normalised at its end
-            raise UserError(f"{config.reward} was stopped at {stopped}; finish it first: {needed}")
+            raise UserError(f"{config.reward} was stopped at {stopped}; finish it first: "
+                            + checkpoint.command_for("rm", config.reward, config.tiny))
+        if checkpoint.load_tokenizer(config.reward, "rm", config.tiny).ranks != tokenizer.ranks:
+            raise UserError(f"{config.reward} was trained on other tokens than {config.init}")
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.prompt]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of([r for r in train if r.response]))

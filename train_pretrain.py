@@ -99,8 +99,7 @@ class Data:
 def load_data(config: Config, run: common.Run) -> Data:
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.text or r.response]
     if config.init:
-        needed = "python train_pretrain.py" + " --tiny" * config.tiny
-        tokenizer = checkpoint.load_tokenizer(config.init, needed)
+        tokenizer = checkpoint.load_tokenizer(config.init, "pretrain", config.tiny)
         train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     else:
         train, held_out = corpus.split(records)

@@ -78,7 +78,7 @@ class Data:
 
 
 def load_data(config: Config, run: common.Run) -> Data:
-    tokenizer = checkpoint.load_tokenizer(config.init, "python train_pretrain.py" + " --tiny" * config.tiny)
+    tokenizer = checkpoint.load_tokenizer(config.init, "pretrain", config.tiny)
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     rng = np.random.default_rng(config.seed)

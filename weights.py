@@ -321,7 +321,7 @@ def export_folder(config: Config) -> None:
         raise UserError(f"layout is {config.layout!r}; it must be one of {', '.join(known)}")
     if any(out.glob("model.safetensors*")) and not config.overwrite:
         raise UserError(f"{out} holds a model already; choose another folder, or --overwrite it")
-    tokenizer = checkpoint.load_tokenizer(run, first="python train_pretrain.py")
+    tokenizer = checkpoint.load_tokenizer(run, "pretrain")
     state, layout = checkpoint.latest(run), LAYOUTS[config.layout]
     if state is None or "head.weight" in state["model"]:
         raise UserError(f"{run} holds no language model; a reward model has no published layout")

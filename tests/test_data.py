@@ -295,7 +295,7 @@ def test_little_padding(stage, structure, tokenizer):
 
 @pytest.mark.parametrize("text", ["a line of words\n" * 3000, "word " * 5000, "x" * 9000,
                                   "a paragraph\n\n" * 2000, "short", "\n\nword " * 700 + "\nx" * 4000])
-def test_any_text_becomes_documents(text, tmp_path):
+def test_any_text_becomes_documents(text):
     """With blank lines or without, nothing of it is lost, and a long one has several, to hold one out."""
     records = corpus.read_text("a.txt", text)
     assert "".join("".join(record.text.split()) for record in records) == "".join(text.split())

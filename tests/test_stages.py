@@ -385,11 +385,12 @@ def test_a_stage_that_was_stopped_is_told(flow, tmp_path, capsys):
     copies = {name: shutil.copytree(runs / name, tmp_path / name) for name in ("pretrain", "sft", "rm")}
     for folder in copies.values():
         (folder / "checkpoint-0000004.pt").unlink()
-    checkpoint.load_tokenizer(str(copies["sft"]), "python train_sft.py")
+    checkpoint.load_tokenizer(str(copies["sft"]), "sft")
     said = f"note: {copies['sft']} was stopped at step 2 of 4; to finish it: python train_sft.py --out {copies['sft']}"
     assert said in capsys.readouterr().err
     with pytest.raises(UserError, match="rm was stopped at step 2 of 4; finish it first: python train_rm.py"):
         train_ppo.main(dataclasses.replace(stages[3][1], reward=str(copies["rm"]), out=str(tmp_path / "ppo")))
+    assert capsys.readouterr().err == ""                                   # one sentence, and no note before it
 
 
 @one_structure
@@ -767,7 +768,8 @@ def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
     before = sorted(path.name for path in Path(config.out).iterdir())
     error = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.init,
                   "--out", config.out, "--lr", "0.5")
-    assert "lr" in error and sorted(path.name for path in Path(config.out).iterdir()) == before
+    assert f"{config.out} holds a run with other settings (" in error and "lr " in error
+    assert sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
 @one_structure
