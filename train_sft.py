@@ -32,7 +32,7 @@ class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
-    steps: int = 1750                   # optimizer steps
+    steps: int = 1500                   # optimizer steps
     batch_size: int = 32                # sequences a step, all ranks together; here pairs
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 144                      # tokens of a packed row, about: several sequences share one
