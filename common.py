@@ -184,8 +184,6 @@ def check(config) -> None:
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name, 1) <= 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
-    if not 0 <= config.adam_beta2 < 1:
-        raise UserError(f"adam_beta2 is {config.adam_beta2}; it must be at least 0 and below 1")
     if not getattr(config, "temperature", 1) > 0:
         raise UserError(f"temperature is {config.temperature}; it must be above 0: answers are drawn")
     if config.resume not in ("auto", "must", "never"):

@@ -69,7 +69,7 @@ def measure(config: Config, structure: str, objective: str, seed: int) -> dict:
                                      objective=objective, steps=config.steps, layers=config.layers,
                                      width=config.width)
     sft = train_sft.Config(**shared, init=pretrain.out, out=str(folder / "sft"), steps=config.sft_steps,
-                           lr=config.sft_lr, adam_beta2=0.95, source_weight=0.0)
+                           lr=config.sft_lr, source_weight=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as file, contextlib.redirect_stdout(file):
         first, second = train_pretrain.main(pretrain), train_sft.main(sft)

@@ -68,7 +68,6 @@ class Config:
     lr: float = 5e-4                    # highest learning rate
     warmup: int = 10                    # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.0           # on all weights
-    adam_beta2: float = 0.95            # of AdamW: decay of the mean of squared gradients
     adam_eps: float = 1e-8              # of AdamW: added to the root of the second moment
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     eval_every: int = 16                # steps between evaluations, 0: only at the end
@@ -224,7 +223,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
     if model.value is not None:
         scale = config.value_lr / config.lr if config.lr else 0.0
         groups.append({"params": model.value.parameters(), "scale": scale})
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=config.adam_eps,
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps,
                              weight_decay=config.weight_decay, fused=True)
 
 

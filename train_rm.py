@@ -48,7 +48,6 @@ class Config:
     lr: float = 1e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     weight_decay: float = 0.1           # on matrices only
-    adam_beta2: float = 0.95            # of AdamW: decay of the mean of squared gradients
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     log_every: int = 100                # steps between lines of the log, 0: only where it is evaluated
     eval_every: int = 400               # steps between evaluations, 0: only at the end
@@ -130,7 +129,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 # ---- 6. evaluate -------------------------------------------------------------------------------------------

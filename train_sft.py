@@ -3,8 +3,9 @@
     data              pairs: a function's signature -> its one-line summary (or --data pairs)
     initial weights   the pretrained model
     mask              the structure's: causal, prefix or encdec; never across documents
-    objective         next token on the response and its end token (Ouyang et al. 2022, section 3.5; the
-                      held-out loss), and on the prompt, times source_weight: it teaches to carry words over
+    objective         next token on the response and its end token (Ouyang et al. 2022, section 3.5), and here
+                      on the prompt too, times source_weight: there a small model learns to carry words over
+                      (`train_loss` counts both, the held-out `loss` the response alone)
     what is trained   everything, to predict each target token from what its mask lets it see
 """
 import math
@@ -32,15 +33,14 @@ class Config:
     data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
-    steps: int = 1500                   # optimizer steps
+    steps: int = 2000                   # optimizer steps
     batch_size: int = 32                # sequences a step, all ranks together; here pairs
     context: int = 128                  # tokens of a sequence at most; longer pairs are dropped
     row: int = 144                      # tokens of a packed row, about: several sequences share one
-    lr: float = 7e-3                    # highest learning rate
+    lr: float = 5e-3                    # highest learning rate
     warmup: int = 100                   # steps until it is reached; then a cosine down to a tenth
     source_weight: float = 1.0          # loss on source tokens: 0 targets alone, 1 all tokens (causal only)
     weight_decay: float = 0.1           # on matrices only
-    adam_beta2: float = 0.99            # of AdamW: decay of the mean of squared gradients
     clip: float = 1.0                   # largest norm of the gradient, 0: not clipped
     log_every: int = 100                # steps between lines of the log, 0: only where it is evaluated
     eval_every: int = 400               # steps between evaluations, 0: only at the end
@@ -57,8 +57,8 @@ class Config:
     compile: bool = False               # torch.compile the model
     tiny: bool = False                  # the whole stage in seconds, on a small part of the corpus
 
-    TINY = dict(init="runs/tiny/pretrain", out="runs/tiny/sft", steps=60,
-                warmup=10, eval_every=30, eval_size=50, save_every=30)
+    TINY = dict(init="runs/tiny/pretrain", out="runs/tiny/sft", steps=60, warmup=10, eval_every=30,
+                eval_size=50, save_every=30)
 
 
 # ---- 2. set-up ---------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 # ---- 6. evaluate -------------------------------------------------------------------------------------------
