@@ -335,12 +335,16 @@ def compared_dialogues(prompt: list, chosen: list, rejected: list) -> dict[str, 
 
 
 def common_prompt(chosen: str, rejected: str) -> dict[str, str]:
-    """Two dialogues that differ in their last reply, as hh-rlhf has them (Bai et al. 2022)."""
+    """Two dialogues that differ in their last reply, as hh-rlhf has them (Bai et al. 2022). A few there part
+    earlier: then the prompt ends where they part, and what follows is compared. An empty chosen reply is no
+    comparison.
+    """
     turn = TURN["assistant"].rstrip(" ")
-    at = chosen.rfind(turn) + len(turn)
-    if turn not in chosen or not rejected.startswith(chosen[:at]) or not chosen[at:].strip():
+    shared = os.path.commonprefix([chosen, rejected])
+    if turn not in shared:
         raise ValueError("'chosen' and 'rejected' must be one dialogue with two last replies after "
                          f"{turn.strip()!r}; or give the prompt by itself")
+    at = shared.rfind(turn) + len(turn)
     return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
 
 

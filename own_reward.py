@@ -9,7 +9,7 @@ Policy gradients ask nothing of a reward but its value: it need not be different
 1992). Keep it near the spread of a reward model, 1, or change --beta with it.
 """
 import importlib.util
-import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Callable
@@ -32,13 +32,14 @@ def load_function(name: str) -> Callable[[str, str], float]:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"--reward {name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
     if spec is None:
         raise UserError(f"--reward {name}: {path} is no Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).resolve().parent))               # it may import what stands beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name}: {path} cannot be run: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -82,11 +83,14 @@ class RewardFunction(torch.nn.Module):
 
     def score(self, prompt: str, response: str) -> float:
         try:
-            value = float(self.function(prompt, response))
-        except Exception as error:
+            value = self.function(prompt, response)
+        except (Exception, SystemExit) as error:
             raise UserError(f"--reward {self.name} failed with {type(error).__name__}: {error}; "
                             f"the prompt was {prompt!r}, the response {response!r}") from error
-        if not math.isfinite(value):
-            raise UserError(f"--reward {self.name} gave {value} for the prompt {prompt!r} "
-                            f"and the response {response!r}; a reward must be a finite number")
-        return value
+        try:
+            if isinstance(value, str) or not torch.tensor(float(value)).isfinite():     # as fp32 holds it
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"--reward {self.name} gave {value!r} for the prompt {prompt!r} "
+                            f"and the response {response!r}; a reward must be a finite number") from None
+        return float(value)

@@ -57,7 +57,7 @@ class Config:
     ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
-    kl_stop: float = 0.0                # no more updates once it has moved so many nats a token, 0: go on
+    kl_stop: float = 0.0                # an update that finds it moved so many nats a token is the last
     minibatch_size: int = 64            # answers in an optimizer step
     temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
@@ -95,6 +95,8 @@ def set_up(config: Config) -> common.Run:
     if config.batch_size % config.minibatch_size or config.minibatch_size % run.world:
         raise UserError(f"minibatch_size {config.minibatch_size} must divide batch_size {config.batch_size} "
                         f"and be a multiple of the {run.world} ranks")
+    if config.kl_target and not config.beta:
+        raise UserError("kl_target moves beta by a factor, and beta is 0; give it a beta to begin with")
     if config.ptx_size % run.world:
         raise UserError(f"ptx_size {config.ptx_size} must be a multiple of the {run.world} ranks")
     known = {"advantage": ("gae", "rloo", "grpo"), "kl_estimator": ("k1", "k2", "k3"),

@@ -175,8 +175,11 @@ def test_a_value_model_of_its_own_begins_at_zero(random_model, tokenizer):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path):
     """Each document of a packed batch, in the order of the scores that are asked for."""
-    source = "def reward(prompt, response):\n    return len(prompt) + len(response) / 100\n"
+    source = ("from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_it import PART\n"
+              "@dataclass\nclass Weights:\n    part: float = PART\n"
+              "def reward(prompt, response):\n    return len(prompt) + len(response) * Weights().part\n")
     (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "beside_it.py").write_text("PART = 0.01\n")
     function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer)
     pairs = [("abc", "d"), ("e", "fghi"), ("jk", "lm")]
     examples = [data.Example(tokenizer.encode(prompt), [tokenizer.encode(response) + [tokenizer.end]])
@@ -192,8 +195,11 @@ def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path)
     ("def other(prompt, response): return 0", "mine.py:reward", "has no function 'reward'"),
     ("def reward(prompt, response): return 1 / 0", "mine.py:reward", "ZeroDivisionError"),
     ("def reward(prompt): return 0", "mine.py:reward", "TypeError"),
-    ("def reward(prompt, response): return None", "mine.py:reward", "TypeError"),
+    ("def reward(prompt, response): return None", "mine.py:reward", "gave None"),
+    ("def reward(prompt, response): return '0.5'", "mine.py:reward", "gave '0.5'"),
     ("def reward(prompt, response): return float('nan')", "mine.py:reward", "finite"),
+    ("def reward(prompt, response): return 1e300", "mine.py:reward", "finite"),
+    ("import sys; sys.exit(3)", "mine.py:reward", "cannot be run: SystemExit"),
     ("import nothing_of_this_name", "mine.py:reward", "cannot be run")])
 def test_a_bad_own_reward_is_one_sentence(tmp_path, tokenizer, content, name, fragment):
     (tmp_path / "mine.py").write_text(content)

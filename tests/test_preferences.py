@@ -146,6 +146,16 @@ def write_comparisons(path, n: int, **more) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_dialogues_that_part_early_are_compared_from_there():
+    """Some of hh-rlhf's differ in more than the last reply; some have an empty one."""
+    asked = "\n\nHuman: Hi?\n\nAssistant:"
+    early = corpus.common_prompt(asked + " Yes.\n\nHuman: Why?\n\nAssistant: So.", asked + " No.")
+    assert early == {"prompt": asked, "chosen": " Yes.\n\nHuman: Why?\n\nAssistant: So.", "rejected": " No."}
+    assert corpus.common_prompt(asked, asked + " No.") == {"prompt": asked, "chosen": "", "rejected": " No."}
+    with pytest.raises(ValueError, match="one dialogue"):
+        corpus.common_prompt("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: C\n\nAssistant: D")
+
+
 def test_a_record_knows_its_source(tmp_path):
     """A folder of .jsonl files, or several with commas between: the file's name, or the record's own key."""
     write_comparisons(tmp_path / "d" / "helpful.jsonl", 3)

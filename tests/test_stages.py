@@ -163,7 +163,7 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
 
 @pytest.mark.parametrize("flags, fragment", [
     (("--advantage", "guess"), "guess"), (("--advantage", "rloo", "--samples", "1"), "at least 2"),
-    (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
+    (("--kl_target", "6", "--beta", "0"), "kl_target"), (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
     (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size"),
     (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
     (("--temperature", "0"), "temperature"), (("--value_lr", "-1"), "value_lr"), (("--beta", "nan"), "beta"),
