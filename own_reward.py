@@ -24,12 +24,14 @@ from tokenizer import Tokenizer
 
 def is_function(name: str) -> bool:
     """Whether --reward is file.py:function, not the folder of a reward model (which may be on a drive C:)."""
-    return ":" in Path(name).name
+    return ":" in Path(name).name or name.endswith(".py")
 
 
 def load_function(name: str) -> Callable[[str, str], float]:
     """file.py:function -> the function."""
     path, _, function = name.rpartition(":")
+    if name.endswith(".py"):
+        raise UserError(f"--reward {name}: name the function in it too, {name}:function")
     if not Path(path).is_file():
         raise UserError(f"--reward {name}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)

@@ -191,7 +191,7 @@ def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("content, name, fragment", [
-    ("", "absent.py:reward", "there is no file"),
+    ("", "absent.py:reward", "there is no file"), ("", "mine.py", "name the function"),
     ("def other(prompt, response): return 0", "mine.py:reward", "has no function 'reward'"),
     ("def reward(prompt, response): return 1 / 0", "mine.py:reward", "ZeroDivisionError"),
     ("def reward(prompt): return 0", "mine.py:reward", "TypeError"),
