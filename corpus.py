@@ -345,7 +345,8 @@ def common_prompt(chosen: str, rejected: str) -> dict[str, str]:
         raise ValueError("'chosen' and 'rejected' must be one dialogue with two last replies after "
                          f"{turn.strip()!r}; or give the prompt by itself")
     at = shared.rfind(turn) + len(turn)
-    return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
+    reply = chosen[at:] if chosen[at:].strip() else ""
+    return {"prompt": chosen[:at], "chosen": reply, "rejected": rejected[at:]}
 
 
 def is_held_out(name: str) -> bool:

@@ -151,7 +151,9 @@ def test_dialogues_that_part_early_are_compared_from_there():
     asked = "\n\nHuman: Hi?\n\nAssistant:"
     early = corpus.common_prompt(asked + " Yes.\n\nHuman: Why?\n\nAssistant: So.", asked + " No.")
     assert early == {"prompt": asked, "chosen": " Yes.\n\nHuman: Why?\n\nAssistant: So.", "rejected": " No."}
-    assert corpus.common_prompt(asked, asked + " No.") == {"prompt": asked, "chosen": "", "rejected": " No."}
+    for empty in ("", " \n"):
+        found = corpus.common_prompt(asked + empty, asked + " No.")
+        assert found == {"prompt": asked, "chosen": "", "rejected": " No."}
     with pytest.raises(ValueError, match="one dialogue"):
         corpus.common_prompt("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: C\n\nAssistant: D")
 
