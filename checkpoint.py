@@ -143,7 +143,7 @@ def stopped_at(folder: str) -> str:
 
 def held_out_names(folder: str) -> set[str]:
     """The names that a stage has held out, and every later stage holds out too."""
-    return set(read_json(Path(folder) / "held_out.json"))
+    return set(read_json(Path(folder) / "held_out.json", kind=list))
 
 
 def open_folder(folder: Path, config) -> dict | None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import hardware
-from errors import Fault, UserError, at_least
+from errors import Fault, UserError, at_least, check_seed
 from hardware import processor_name
 
 
@@ -112,11 +112,13 @@ class Run:
         indented = text.replace("\n", "\n  ")
         self.print(f"One example; between [[ and ]] what is to be predicted, or scored:\n  {indented}")
 
-    def write_samples(self, rows: list[tuple[str, str, str]]) -> None:
-        """samples.txt: prompt, what a human wrote, what the model wrote; two of them on the screen."""
+    def write_samples(self, rows: list[tuple[str, str, str]], titles: tuple = ("human", "model")) -> None:
+        """samples.txt: prompt, what a human wrote (if anything), what the model wrote, or two texts of other
+        titles; two of the rows on the screen.
+        """
         if self.rank == 0:
-            texts = [f"--- prompt\n{prompt}\n--- human\n{human}\n--- model\n{model}\n"
-                     for prompt, human, model in rows]
+            texts = ["".join(f"--- {title}\n{text}\n" for title, text in zip(("prompt", *titles), row)
+                             if text or title == "model") for row in rows]
             (self.folder / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
             self.print("\n".join(texts[:2]))
 
@@ -129,6 +131,24 @@ def passed_on(config, flag: str, *kept: str) -> str:
     told = [f" {flag} {getattr(config, name)}" for flag, name in flags.items()
             if getattr(config, name) not in (getattr(type(config), name), config.TINY.get(name))]
     return "".join(told) + " --tiny" * config.tiny
+
+
+def stop_together(mistake: str) -> None:
+    """Raise UserError on every rank where one of them has met a mistake, each scoring answers of its own: the
+    first rank speaks for all.
+    """
+    mistakes = [mistake]
+    if dist.is_initialized():
+        mistakes = [""] * dist.get_world_size()
+        dist.all_gather_object(mistakes, mistake)
+    if said := next(filter(None, mistakes), ""):
+        raise UserError(said)
+
+
+def first_question(folder: str, data: str) -> str:
+    """The command that asks a finished run something; one of own data, something of one's own."""
+    prompt = "..." if data else "def area(width, height):"
+    return f'python generate.py --run {folder} --prompt "{prompt}"'
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -174,28 +194,31 @@ def apply_tiny(config) -> None:
 def check(config) -> None:
     at_least(1, config, "steps", "batch_size", "context", "row", "epochs", "minibatch_size", "ptx_size",
              "max_new", "eval_size", "prompts", "keep")
-    at_least(0, config, "seed", "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
+    check_seed(config)
+    at_least(0, config, "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
              "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip",
              "value_clip", "value_lr", "adam_eps", "ptx", "no_end", "score_clip")
-    if config.seed >= 2 ** 32:
-        raise UserError(f"seed is {config.seed}; it must be below 2^32")
     if getattr(config, "max_new", 0) >= config.context:
         raise UserError(f"max_new {config.max_new} leaves no room for a prompt in context {config.context}")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name, 1) <= 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
-    if not getattr(config, "temperature", 1) > 0:
-        raise UserError(f"temperature is {config.temperature}; it must be above 0: answers are drawn")
+    if not 0 < getattr(config, "temperature", 1) < math.inf:
+        raise UserError(f"temperature is {config.temperature}; it must be above 0 and finite: answers are "
+                        "drawn")
     if config.resume not in ("auto", "must", "never"):
         raise UserError(f"resume is {config.resume!r}; it must be auto, must or never")
 
 
-def learning_rate(step: int, config) -> float:
-    """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down towards a tenth of lr."""
+def learning_rate(step: int, config, highest: float | None = None) -> float:
+    """1) warm up linearly over `warmup` steps; 2) then follow a cosine; 3) down towards a tenth of the
+    highest rate, which is config.lr where no other is given.
+    """
+    highest = config.lr if highest is None else highest
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return highest * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return highest * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 @contextlib.contextmanager

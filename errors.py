@@ -1,4 +1,4 @@
-"""Two ways in which a program ends early, and two checks that end it so. command_line.py makes a sentence and
+"""Two ways in which a program ends early, and checks that end it so. command_line.py makes a sentence and
 an exit code of them.
 """
 import json
@@ -22,11 +22,25 @@ def at_least(least: int, config, *names: str) -> None:
             raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
-def read_json(path: Path, absent: Any = None) -> Any:
-    """The content of a file in a run folder. absent: what to return where there is none; None: refuse."""
+def check_seed(config) -> None:
+    """Refuse a seed that not every generator takes."""
+    at_least(0, config, "seed")
+    if config.seed >= 2 ** 32:
+        raise UserError(f"seed is {config.seed}; it must be below 2^32")
+
+
+def read_json(path: Path, absent: Any = None, kind: type = dict) -> Any:
+    """The content of a file that must hold an object (kind: or a list). absent: what to return where there is
+    no file; None: refuse.
+    """
     if absent is not None and not Path(path).exists():
         return absent
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}")
+    return content

@@ -29,7 +29,7 @@ import labeller as labeller_file
 import masks
 import objectives
 from common import write_atomically
-from errors import UserError, at_least, read_json
+from errors import UserError, at_least, check_seed, read_json
 from generate import drawn_from, generate
 from labeller import Labeller
 from tokenizer import Tokenizer
@@ -88,6 +88,8 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     run = common.Run(folder, device, torch.float32)
     pairs = [record for record in held_out if record.response]
     rows = data.token_rows(run, tokenizer, pairs, ("prompt", "response"), context)
+    most = models["sft"].config.max_positions                   # learned ones; 0: as many as it takes
+    rows = [row for row in rows if not most or len(row.source) + tokenizer.around + config.max_new <= most]
     if not rows:
         raise UserError(f"--data {config.data}: the report wants held-out pairs (prompt + response)")
     order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
@@ -263,8 +265,10 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
 
 # ---- the report --------------------------------------------------------------------------------------------
 
-def last_metrics(folder: Path) -> dict:
-    return json.loads(common.whole_lines(folder / "metrics.jsonl")[-1])
+def last_line(folder: Path, name: str) -> dict:
+    """The last line of a run's log that has this figure. {}: none has, as in an imported or a stopped run."""
+    lines = map(json.loads, reversed(common.whole_lines(folder / "metrics.jsonl")))
+    return next((line for line in lines if name in line), {})
 
 
 def collect_answers(study: Study, models: dict) -> tuple[dict[str, list], dict[str, list]]:
@@ -300,11 +304,13 @@ def build_report(config: Config) -> tuple[dict, str]:
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
     folder = Path(config.runs)
-    report["base"]["bits_per_byte"] = round(last_metrics(folder / "pretrain")["bits_per_byte"], 4)
-    of_reward_model = last_metrics(folder / "rm") if study.reward else {}
+    report["base"] |= {name: round(value, 4) for name, value
+                       in last_line(folder / "pretrain", "bits_per_byte").items() if name == "bits_per_byte"}
+    of_reward_model = last_line(folder / "rm", "accuracy") if study.reward else {}
     report["reward_model"] = {name: round(value, 4) for name, value in of_reward_model.items()
                               if "accuracy" in name}
-    report["seconds"] = {stage: last_metrics(folder / stage)["seconds"] for stage in models}
+    report["seconds"] = {stage: line["seconds"] for stage in models
+                         if (line := last_line(folder / stage, "seconds"))}
     report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     report["processor"] = hardware.processor_name(study.device)
     report["prompts"] = len(study.prompts)
@@ -391,15 +397,17 @@ def draw(report: dict, path: Path) -> None:
 def main(config: Config) -> dict:
     common.apply_tiny(config)
     at_least(1, config, "prompts", "samples", "best_of", "max_new")
-    if config.cool <= 0:
+    check_seed(config)
+    if not 0 < config.cool < math.inf:
         raise UserError(f"cool is {config.cool}; it must be above 0 (greedy answers are shown in any case)")
     report, shown = build_report(config)
     folder = Path(config.runs)
     table = as_table(report)
     accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
                          for name, value in report["reward_model"].items())
-    others = (f"Base model: {report['base']['bits_per_byte']:.3f} bits per byte of held-out text. "
-              + f"Reward model: {accuracy}." * bool(accuracy))
+    bits = report["base"].get("bits_per_byte")
+    others = "" if bits is None else f"Base model: {bits:.3f} bits per byte of held-out text. "
+    others += f"Reward model: {accuracy}." * bool(accuracy)
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in report["seconds"].items())
     text = (f"# What each stage changed\n\n{report['prompts']} held-out functions; {report['processor']}, "
             f"torch {report['versions']['torch']}; {seconds}.\n\n{table}\n\n"
@@ -413,7 +421,7 @@ def main(config: Config) -> dict:
     write_atomically(folder / "report.md", text.encode())
     print(f"{as_text(report)}\n{FOOTNOTE}\n\n{others}\n\n{shown}\n")
     print(f"written: {folder}/report.md, report.json, report.png. "
-          f'Next: python generate.py --run {folder}/{last} --prompt "def area(width, height):"')
+          f"Next: {common.first_question(f'{folder}/{last}', config.data)}")
     return report
 
 

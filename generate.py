@@ -4,6 +4,7 @@
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
     python generate.py --run runs/ppo                                             asks for prompts
 """
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import hardware
 import masks
 from checkpoint import load_language_model, load_tokenizer
 from corpus import function_name, function_prompt, load_records
-from errors import UserError, at_least, read_json
+from errors import UserError, at_least, check_seed, read_json
 from model import KVCache, LanguageModel
 from tokenizer import Tokenizer
 
@@ -309,7 +310,10 @@ def trained_context(folder: str) -> int:
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
     at_least(0, config, "temperature", "top_k", "beams")
+    if config.temperature == math.inf:
+        raise UserError("temperature is inf; it must be a number")
     at_least(1, config, "max_new", "samples")
+    check_seed(config)
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p is {config.top_p}; it must lie above 0 and up to 1")
     if config.beams and config.samples > 1:
@@ -345,7 +349,10 @@ def main(config: Config) -> list[str]:
             lines = Path(config.prompts).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {config.prompts} cannot be read: {error}") from None
-        return answer([line for line in lines if line.strip()])
+        lines = [line for line in lines if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {config.prompts}: it holds no prompt")
+        return answer(lines)
     print("A prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
     return [text for line in iter(lambda: sys.stdin.readline().strip(), "") for text in answer([line])]
 

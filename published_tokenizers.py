@@ -4,6 +4,7 @@ GPT-2's kind (vocab.json and merges.txt, or a tokenizer.json that says the same)
 itself. SentencePiece's kind (LLaMA, T5), and byte-level BPE behind other rules for words (Falcon), are run by
 the package `tokenizers`, from tokenizer.json. An exported run gets a tokenizer.json as well.
 """
+import contextlib
 import json
 from pathlib import Path
 
@@ -54,7 +55,11 @@ class Pieces:
         except ImportError:
             raise UserError(f"this tokenizer ({content['model']['type']}, with rules of its own) is run by a "
                             "package that is not installed: pip install tokenizers") from None
-        self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(without_specials(content, specials)))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(without_specials(content, specials)))
+        except Exception as error:                                  # the package raises nothing more special
+            raise UserError("the installed package tokenizers cannot read this tokenizer.json: "
+                            f"{error}") from None
         self.names = {i: name for name, i in specials.items()}
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -86,27 +91,33 @@ def text_of(piece: bytes, content: dict) -> bytes:
 
 # ---- reading a published folder ----------------------------------------------------------------------------
 
-def published(folder: Path, c: dict, structure: str) -> tuple[dict[bytes, int], dict, str]:
-    """The tokenizer beside a config.json `c`: ranks and settings, as Tokenizer takes them, and what was
-    chosen where the two files say nothing.
-    """
+@contextlib.contextmanager
+def read_with_care(folder: Path):
+    """Whatever odd files make the code in here stumble over becomes one sentence."""
     try:
-        return _published(folder, read_content(folder), c, structure)
+        yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder}: the tokenizer's files are not as tokenizers have them "
                         f"({type(error).__name__}: {error})") from None
 
 
-def _published(folder: Path, content: dict, c: dict, structure: str) -> tuple[dict[bytes, int], dict, str]:
+def published(folder: Path, c: dict, structure: str) -> tuple[dict[bytes, int], dict, str]:
+    """The tokenizer beside a config.json `c`: ranks and settings, as Tokenizer takes them, and what was
+    chosen where the two files say nothing. To be called in read_with_care.
+    """
+    content = read_content(folder)
     vocab = content["model"]["vocab"]
     vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
     specials = {added["content"]: added["id"] for added in content.get("added_tokens") or []}
+    if odd := [i for i in specials.values() if type(i) is not int or i < 0]:
+        raise ValueError(f"{odd[0]!r} is no id of a token")
     pattern = pattern_of(content)
     if pattern is not None:
         ranks, ids = ranks_of(folder, content)
-        specials |= {token: i for token, i in vocab.items() if i not in set(ids)}
+        known = set(ids)
+        specials |= {token: i for token, i in vocab.items() if i not in known}
         in_order = all(a < b for a, b in zip(ids, ids[1:]))
         ranks = dict(zip(ranks, ids)) if in_order else ranks
         how = {"pattern": pattern} if in_order else {"pattern": pattern, "ids": ids}
@@ -201,7 +212,11 @@ def roles(c: dict, structure: str, specials: dict[str, int]) -> tuple[dict, str]
     if pad not in names:
         pad, chosen = end, f"; no padding token, {names[end]} fills rows (masked by place, not by id)"
     if structure == "encdec":                  # T5 reads source </s>, BART <s> source </s>
-        start = c.get("decoder_start_token_id", pad)
+        start = c.get("decoder_start_token_id")
+        start = pad if start is None else start
+        if start not in names:
+            raise UserError(f"config.json's decoder_start_token_id is {start}, which is no special token of "
+                            "the tokenizer")
         begin = [bos] if bos in names else []
         target = [start] + [token for token in begin if token != start]
         return {"pad": pad, "end": end, "begin": begin, "source_end": [end], "target_begin": target}, chosen

@@ -26,7 +26,7 @@ import checkpoint
 import command_line
 import common
 import published_tokenizers
-from errors import UserError
+from errors import UserError, read_json
 from layouts import LAYOUTS, Layout, read_config
 from model import LanguageModel, ModelConfig, build
 from tokenizer import Tokenizer
@@ -188,18 +188,6 @@ def read_folder(folder: Path) -> Tensors:
     return Tensors(entries)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
-
-
 # ---- published tensors -> ours, and back ------------------------------------------------------------------
 
 class Part(NamedTuple):
@@ -234,6 +222,9 @@ def to_ours(published: Mapping[str, Tensor], layout: Layout, config: ModelConfig
     begins = any(name.startswith(layout.prefix) for name in published)
     found = {name.removeprefix(layout.prefix): name for name in published} if layout.prefix and begins else {
         name: name for name in published}
+    if len(found) < len(published):
+        twice = next(name for name in published if layout.prefix + name in published)
+        raise UserError(f"{folder}: it holds both {twice} and {layout.prefix}{twice}; one of them must go")
     parts = plan(layout, config)
     left_out = {name: same for name in found for pattern, same in layout.left_out.items()
                 if re.fullmatch(pattern, name) and name not in {p.name for of in parts.values() for p in of}}
@@ -298,8 +289,9 @@ def import_folder(config: Config) -> LanguageModel:
         raise UserError(f"{run.folder} holds a run already; choose another folder, or --overwrite it")
     c = read_json(folder / "config.json")
     layout, model_config = read_config(c)
-    ranks, settings, told = published_tokenizers.published(folder, c, model_config.structure)
-    tokenizer = Tokenizer(ranks, settings)
+    with published_tokenizers.read_with_care(folder):
+        ranks, settings, told = published_tokenizers.published(folder, c, model_config.structure)
+        tokenizer = Tokenizer(ranks, settings)
     if tokenizer.vocab > model_config.vocab:
         raise UserError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab - 1}, the network has "
                         f"{model_config.vocab} tokens")

@@ -548,8 +548,47 @@ def test_a_missing_package_is_asked_for_in_a_sentence(tmp_path, monkeypatch):
 def test_a_faulty_tokenizer_is_one_sentence(change, sentence, tmp_path):
     put_tokenizer(tmp_path, "gpt2")
     change(tmp_path)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence), published_tokenizers.read_with_care(tmp_path):
         published_tokenizers.published(tmp_path, {"eos_token_id": 3}, "causal")
+
+
+@pytest.mark.parametrize("kind, change, sentence", [
+    ("split", lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("), "not as token"),
+    ("split", lambda content: content["added_tokens"][0].update(id="3"), "'3' is no id"),
+    ("split", lambda content: content["added_tokens"][0].update(id=-1), "-1 is no id"),
+    ("t5", lambda content: content.update(normalizer={"type": "FromTheFuture"}), "tokenizers cannot read this")])
+def test_a_tokenizer_that_cannot_be_run_is_one_sentence(kind, change, sentence, tmp_path):
+    """A pattern that does not parse, ids that are none, rules that the package does not know."""
+    if kind == "t5":
+        pytest.importorskip("tokenizers")
+    put_tokenizer(tmp_path, kind)
+    structure, c = ROLES[kind]
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=sentence), published_tokenizers.read_with_care(tmp_path):
+        Tokenizer(*published_tokenizers.published(tmp_path, c, structure)[:2])
+
+
+@pytest.mark.parametrize("start", [99999, "<pad>"])
+def test_a_decoder_that_starts_with_no_token_is_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenizer.Pieces", lambda *_: None)
+    put_tokenizer(tmp_path, "t5")
+    structure, c = ROLES["t5"]
+    with pytest.raises(UserError, match=f"decoder_start_token_id is {start}"):
+        published_tokenizers.published(tmp_path, {**c, "decoder_start_token_id": start}, structure)
+    told = published_tokenizers.published(tmp_path, {**c, "decoder_start_token_id": None}, structure)[1]
+    assert told["target_begin"] == [c["pad_token_id"]]
+
+
+def test_a_tensor_that_is_there_twice_is_refused():
+    """With the prefix and without it: which of the two should be read?"""
+    published, c, _ = golden("gpt2")
+    layout, config = layouts.read_config(c)
+    twice = {f"transformer.{name}": published[name] for name in published}
+    twice["wte.weight"] = torch.zeros_like(published["wte.weight"])
+    with pytest.raises(UserError, match="both wte.weight and transformer.wte.weight"):
+        weights.to_ours(twice, layout, config)
 
 
 def test_packed_rows_of_an_imported_encoder_decoder(tmp_path):
