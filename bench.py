@@ -24,7 +24,7 @@ import hardware
 import masks
 import model as model_file
 import objectives
-from errors import UserError
+from errors import UserError, at_least
 from generate import generate
 from tokenizer import SPECIALS, Tokenizer
 
@@ -95,6 +95,8 @@ def main(config: Config) -> dict:
     """Time it and print one line."""
     if config.what not in ("train", "generate"):
         raise UserError(f"what is {config.what!r}; it must be train or generate")
+    at_least(1, config, "batch_size", "new")
+    at_least(0, config, "source", "prompt")
     if config.repetitions < 2 or config.source >= config.context - 1 or config.vocab < 256 + len(SPECIALS):
         raise UserError("wanted are 2 repetitions, a context longer than its source, and a vocab of at least "
                         f"{256 + len(SPECIALS)}")
@@ -126,7 +128,7 @@ def main(config: Config) -> dict:
               "ms_p90": round(1e3 * deciles[-1], 2), "params": model_file.parameter_count(model),
               "rss_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
               "foreign_cpu": foreign and round(max(0.0, foreign) / hardware.cores(), 3),
-              "dtype": run.dtype_name(),
+              "dtype": run.dtype_name() if config.what == "train" or device.type != "cpu" else "fp32",
               "threads": torch.get_num_threads(),
               "processor": hardware.processor_name(device), "torch": torch.__version__}
     if device.type == "cuda":

@@ -134,7 +134,10 @@ def table_of(results: list[dict]) -> str:
 def main(config: Config) -> list[dict]:
     """All rows and seeds; those that results.jsonl holds already are not run again."""
     common.apply_tiny(config)
-    at_least(1, config, "seeds")
+    at_least(1, config, "seeds", "steps", "sft_steps", "prompts", "layers", "width")
+    at_least(0, config, "sft_lr")
+    for structure in dict(ROWS):                                       # sizes that no network can have
+        model_file.ModelConfig(structure, 512, config.layers, 4, 2, config.width)
     train, _ = corpus.split(corpus.load_records(config.data, config.tiny))
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
 
     def add(node, name: str, signature: str):
         docstring = ast.get_docstring(node)
-        if not docstring or len(signature) > 200:
+        if not docstring or len(signature) > 200 or not is_unicode(docstring):
             return
         prompt = function_prompt(signature) if not isinstance(node, ast.Module) else f"{signature}\n"
         is_function = signature.startswith("def") and not (name.startswith("__") and name.endswith("__"))
@@ -265,6 +265,8 @@ def read_jsonl(path: str, content: str) -> list[Record]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:              # a number of 5,000 digits, 5,000 brackets
+            raise UserError(f"{path}:{number}: not read ({error})") from None
         try:
             found = fields_of(row) if isinstance(row, dict) else []
         except ValueError as error:
@@ -276,9 +278,21 @@ def read_jsonl(path: str, content: str) -> list[Record]:
         first = found[0]                       # all pairs of a dialogue have one name, and go together
         name = function_name(first.get("prompt", "")) or first.get("prompt") or first["text"]
         for fields in found:
+            if wrong := [key for key, text in fields.items() if not is_unicode(text)]:
+                raise UserError(f"{path}:{number}: {wrong[0]!r} holds half of a surrogate pair, a character "
+                                "that was cut through")
             origin = row["source"] if isinstance(row.get("source"), str) else ""
             records.append(Record(name, **fields, origin=origin))
     return records
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text: JSON and Python may escape half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fields_of(row: dict) -> list[dict[str, str]]:
@@ -291,10 +305,10 @@ def fields_of(row: dict) -> list[dict[str, str]]:
             raise ValueError(f"{name!r} must be a text that is not empty")
         return row[name]
     keys = set(row)
-    if "messages" in keys:
-        return pairs_of_dialogue(row["messages"])
     if isinstance(row.get("chosen"), list) and "rejected" in keys:
         return [compared_dialogues(row.get("prompt", []), row["chosen"], row["rejected"])]
+    if "messages" in keys and not {"chosen", "rejected"} <= keys:
+        return pairs_of_dialogue(row["messages"])
     if {"instruction", "output"} <= keys:
         more = f"\n\n{row['input']}" if row.get("input") else ""
         return [{"prompt": text("instruction") + more + "\n", "response": text("output")}]
@@ -324,8 +338,13 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
     return pairs
 
 
-def compared_dialogues(prompt: list, chosen: list, rejected: list) -> dict[str, str]:
-    """Lists of messages that differ in their last reply; what they share may stand in `prompt`."""
+def compared_dialogues(prompt: list | str, chosen: list, rejected: list) -> dict[str, str]:
+    """Lists of messages that differ in their last reply; what they share may stand in `prompt`. One that is a
+    text is the first question, which UltraFeedback's lists hold once more.
+    """
+    if isinstance(prompt, str):
+        asked = any(isinstance(message, dict) and message.get("role") == "user" for message in chosen)
+        prompt = [] if asked else [{"role": "user", "content": prompt}]
     if not all(isinstance(messages, list) for messages in (prompt, rejected)):
         raise ValueError("'chosen' is a list of messages; 'rejected' and a 'prompt' must be too")
     better, worse = (pairs_of_dialogue(prompt + replies)[-1] for replies in (chosen, rejected))

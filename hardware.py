@@ -31,7 +31,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r} is unknown; try auto, cpu, cuda or mps") from None
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    present = {"cpu": True, "cuda": here, "mps": torch.backends.mps.is_available()}
     if not present.get(device.type, False):
         raise UserError(f"device {name!r} is not present on this machine; --device auto takes what is there")
     return device

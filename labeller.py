@@ -22,6 +22,8 @@ from errors import UserError, at_least
 from generate import generate_many
 
 WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
+NO_GOLD = ("note: these prompts are no function signatures; gold, the simulated labeller's score, says "
+           "nothing about answers to them")
 TIE = 0.08                    # a smaller gap between two gold scores is no preference: nothing learns from it
 
 VERBS = set("""
@@ -159,6 +161,13 @@ class Labeller:
         return gold_a - gold_b >= TIE
 
 
+def can_judge(records: list[Record]) -> bool:
+    """Whether at least half of the prompts are signatures of functions: of others the guideline says
+    nothing.
+    """
+    return 2 * sum(bool(function_name(record.prompt)) for record in records) >= len(records)
+
+
 def collect_rankings(config, run, tokenizer, records: list[Record], sft, labeller: Labeller,
                      training: bool) -> list[data.Example]:
     """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft,
@@ -175,14 +184,18 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft, labelle
     at_least(0, config, "mismatched")
     if not 0 <= config.label_noise <= 0.5:
         raise UserError(f"label_noise is {config.label_noise}; it must be 0 to 0.5, where no order is left")
-    given = data.token_rows(run, tokenizer, [r for r in records if r.chosen],
-                            ("prompt", "chosen", "rejected"), config.context)
+    compared = [r for r in records if r.chosen]
+    differ = [r for r in compared if r.chosen != r.rejected]
+    if len(differ) < len(compared):
+        run.print(f"{len(compared) - len(differ):,} comparisons of an answer with itself are left out")
+    given = data.token_rows(run, tokenizer, differ, ("prompt", "chosen", "rejected"), config.context)
     ranked = [row._replace(ranking=(1.0, 0.0)) for row in given]
     pairs = data.token_rows(run, tokenizer, [r for r in records if r.response], ("prompt", "response"),
-                            config.context - config.max_new)
+                            config.context)
+    room = config.context - config.max_new - tokenizer.around               # for the prompt of a sample
+    pairs = [pair for pair in pairs if len(pair.source) <= room]
     n, mismatched = config.answers - 1, config.mismatched * training
-    functions = sum(bool(function_name(record.prompt)) for record in records if record.response)
-    if training and functions < len(pairs) / 2:
+    if training and not can_judge([r for r in records if r.response]):
         run.print("note: these prompts are no function signatures, and the simulated labeller ranks one-line "
                   "descriptions of functions; bring comparisons of your own (prompt + chosen + rejected)")
     prompts = [pair.source for pair in pairs for _ in range(n)]
@@ -213,11 +226,13 @@ def with_mistakes(examples: list[data.Example], label_noise: float, seed: int) -
     return [example._replace(mistakes=mistakes(example)) for example in examples] if label_noise else examples
 
 
-def agreement(scored: list[tuple[data.Example, list[float]]]) -> dict[str, float]:
+def agreement(scored: list[tuple[data.Example, list[float]]], sources: Iterable[str] = ()
+              ) -> dict[str, float]:
     """How scores of answers agree with their ranking. scored: prompts with their answers, and the scores.
 
     accuracy: share of pairs in the ranking's order, ties left out; sample against sample, human against
-    sample; and, where the data has several sources, of each with its number of pairs. length_correlation:
+    sample; and, where the data has several sources (those given and those of the prompts), of each with its
+    number of pairs, which may be none. length_correlation:
     Pearson's, of the score and the tokens of an answer; reward models are known to like length (Singhal et
     al. 2023).
     """
@@ -227,7 +242,7 @@ def agreement(scored: list[tuple[data.Example, list[float]]]) -> dict[str, float
                 torch.tensor([example.human for example in examples]))
     counts = dict(zip(("accuracy", "accuracy_sample_sample", "accuracy_human_sample"),
                       objectives.pairwise_accuracy(*compared).tolist()))
-    origins = sorted({example.origin for example in examples})
+    origins = sorted({example.origin for example in examples}.union(sources))
     origins = origins if len(origins) > 1 else []
     for origin in origins:
         here_P = torch.tensor([example.origin == origin for example in examples])
@@ -237,3 +252,12 @@ def agreement(scored: list[tuple[data.Example, list[float]]]) -> dict[str, float
     return {**{name: right / n for name, (right, n) in counts.items() if n},
             **{f"pairs_{origin}": counts[f"accuracy_{origin}"][1] for origin in origins},
             "length_correlation": float(objectives.correlation(torch.cat(scores), lengths_N))}
+
+
+def print_sources(run, last: dict[str, float]) -> None:
+    """The accuracy on each source of the data, where there are several; of few pairs it says little."""
+    for name, n in last.items():
+        if name.startswith("pairs_"):
+            origin = name.removeprefix("pairs_")
+            run.print(f"{origin}: " + (f"accuracy {last[f'accuracy_{origin}']:.3f} on {n:,} held-out pairs"
+                                       if n else "no held-out pair, so no accuracy"))

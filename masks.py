@@ -202,6 +202,8 @@ if __name__ == "__main__":
     picture = flags.parse_args().picture
     if picture and not Path(picture).absolute().parent.is_dir():
         flags.error(f"--picture {picture}: there is no such folder")
+    if picture and Path(picture).is_dir():
+        flags.error(f"--picture {picture}: it is a folder")
     if picture and Path(picture).suffix not in (".png", ".pdf", ".svg"):
         flags.error(f"--picture {picture}: the name must end in .png, .pdf or .svg")
     print(ascii_picture())

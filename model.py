@@ -21,7 +21,7 @@ from torch import Tensor
 import masks as masks_module
 from masks import Masks
 from positions import Alibi, Biased, RelativeBias, rotate, rotation, with_bias
-from presets import STRUCTURES, ModelConfig, preset, preset_for, scaled     # noqa: F401 (used from here)
+from presets import ModelConfig, preset, preset_for, scaled                 # noqa: F401 (used from here)
 
 # ---- attention: the text, and the routes that compute the same ---------------------------------------------
 
@@ -346,7 +346,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The tokens' vectors, and a share a = embedding_gradient of their gradient: what kept GLM-130B from
-        diverging (Zeng et al. 2023, section 3.1).
+        diverging (Zeng et al. 2023, section 3).
         """
         x_BTD, a = self.embedding(tokens_BT), self.config.embedding_gradient
         return x_BTD if a == 1 else a * x_BTD + (1 - a) * x_BTD.detach()
@@ -383,7 +383,7 @@ def initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
               block (pre) is then the identity and the first loss (untied) exactly ln V; embeddings of unit
               variance let a small model leave the unigram plateau at once. (Tied: variance 1 / width.)
     normal    0.02; what is added to the residual stream / sqrt(2N) (Radford et al. 2019, section 2.3)
-    deepnorm  Xavier; x beta = (2N)^(-1/2) for ffn, values and attention's output (Zeng et al. 2023, 2.2)
+    deepnorm  Xavier; x beta = (2N)^(-1/2) for ffn, values and attention's output (Zeng et al. 2023, 2.1)
     """
     residual, beta = name.endswith("out.weight"), (2 * config.layers) ** -0.5
     is_table = name.startswith(("embedding", "unembedding")) or "positions" in name

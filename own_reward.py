@@ -17,6 +17,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+import common
 import data
 from errors import UserError
 from tokenizer import Tokenizer
@@ -79,8 +80,12 @@ class RewardFunction(torch.nn.Module):
 
     def forward(self, batch: data.Batch, masks, where_BT: Tensor) -> Tensor:
         """Scores (N,) of the answers that stand where `where` is True, row by row."""
-        texts = texts_of(batch, self.tokenizer)
-        scores = [self.score(*texts[answer]) for answer in data.answer_of_token(batch, where_BT).tolist()]
+        texts, scores, mistake = texts_of(batch, self.tokenizer), [], ""
+        try:
+            scores = [self.score(*texts[answer]) for answer in data.answer_of_token(batch, where_BT).tolist()]
+        except UserError as error:
+            mistake = str(error)
+        common.stop_together(mistake)
         return torch.tensor(scores, device=where_BT.device)
 
     def score(self, prompt: str, response: str) -> float:

@@ -25,7 +25,7 @@ import model as model_file
 import objectives
 from errors import UserError
 from generate import answers_to_show, generate_many
-from labeller import TIE, Labeller, agreement, collect_rankings
+from labeller import NO_GOLD, TIE, Labeller, agreement, can_judge, collect_rankings, print_sources
 from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
@@ -107,6 +107,8 @@ def load_data(config: Config, run: common.Run) -> Data:
     wrong = sum(len(example.mistakes) for example in sequences[0])
     run.print(f"{int(data.preferences(sequences[0], TIE).sum()):,} comparisons without ties"
               + f", {wrong:,} of them in the wrong order" * bool(config.label_noise))
+    if not can_judge([r for r in train if r.chosen]):
+        run.print(NO_GOLD)
     chosen = sequences[1]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
@@ -171,7 +173,8 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         counted += sum(len(examples[p].targets[0]) for p in human)
     nats, counted = run.sum([nats, counted]).tolist()
     scored = sum(run.gather({run.rank: scored}).values(), [])
-    return {**agreement(scored), **rewards_of_pairs(scored), **evaluate_samples(config, run, loaded, model),
+    return {**agreement(scored, {row.origin for row in loaded.train}), **rewards_of_pairs(scored),
+            **evaluate_samples(config, run, loaded, model),
             **({"eval_loss": nats / counted} if counted else {})}
 
 
@@ -188,7 +191,10 @@ def evaluate_samples(config: Config, run: common.Run, loaded: Data, model) -> di
     answer.
     """
     result, decode = {}, loaded.tokenizer.decode
-    prompts = [example.source for example in loaded.held_out[:config.eval_size]]
+    room = config.context - config.max_new - loaded.tokenizer.around
+    prompts = [row.source for row in loaded.held_out[:config.eval_size] if len(row.source) <= room]
+    if not prompts:
+        return result
     for name, temperature in (("eval_gold_greedy", 0.0), ("eval_gold", 1.0)):
         answers = generate_many(run, model, prompts, loaded.tokenizer, config.max_new, temperature,
                                 config.seed)
@@ -241,8 +247,10 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     decode = loaded.tokenizer.decode
     examples = loaded.held_out[:6]
     answers = answers_to_show(model, examples, loaded.tokenizer, config.seed)
-    run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
-                       for example, answer in zip(examples, answers)])
+    titles = ("human" if examples[0].human else "chosen", "model")
+    rows = [(decode(example.source), decode(example.targets[0]), decode(answer))
+            for example, answer in zip(examples, answers)]
+    run.write_samples(rows, titles)
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------
@@ -277,7 +285,8 @@ def main(config: Config) -> dict[str, float]:
         log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
-    run.finish(f'python generate.py --run {config.out} --prompt "def area(width, height):"')
+    print_sources(run, log.last)
+    run.finish(common.first_question(config.out, config.data))
     return log.last
 
 

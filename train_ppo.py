@@ -28,7 +28,7 @@ import objectives
 import own_reward
 from errors import Fault, UserError
 from generate import answers_to_show, drawn_from, generate, generate_many
-from labeller import Labeller
+from labeller import NO_GOLD, Labeller, can_judge
 from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
@@ -104,6 +104,11 @@ def set_up(config: Config) -> common.Run:
     for name, values in known.items():
         if getattr(config, name) not in values:
             raise UserError(f"{name} is {getattr(config, name)!r}; it must be {', '.join(values)}")
+    ignored = [name for name in ("gamma", "lam", "value_clip", "value_init", "value_lr")
+               if getattr(config, name) != getattr(Config, name)]
+    if ignored and config.advantage != "gae":
+        raise UserError(f"{', '.join(ignored)}: {config.advantage} compares whole answers and has no value "
+                        "model; these belong to --advantage gae")
     if config.samples < 1 + (config.advantage != "gae"):
         raise UserError(f"samples is {config.samples}; it must be at least 1, and for rloo and grpo, which "
                         "compare the answers to a prompt, at least 2")
@@ -146,6 +151,12 @@ def load_data(config: Config, run: common.Run) -> Data:
                              for part in (train, held_out))
     room = config.context - config.max_new - tokenizer.around
     sequences[1] = [pair for pair in held_out_pairs if len(pair.source) <= room] or sequences[1]
+    if not can_judge(train):
+        run.print(NO_GOLD)
+    if config.ptx and not pairs:
+        run.print("note: the data has no responses that fit, so no language-model loss is mixed in (ptx)")
+    if config.ptx and 0 < len(pairs) < run.world:
+        raise UserError(f"ptx mixes in human answers on {run.world} ranks; there are {len(pairs)}: --ptx 0")
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     names = corpus.names_of(held_out)
     run.print(f"{len(sequences[0]):,} sequences to learn from; held out by name: {len(sequences[1]):,}")
@@ -221,10 +232,9 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW
 
     beta, which adapts itself where there is a kl_target, is kept here: so it is saved and resumed.
     """
-    groups = [{"params": model.policy.parameters(), "scale": 1.0, "beta": config.beta}]
+    groups = [{"params": model.policy.parameters(), "highest": config.lr, "beta": config.beta}]
     if model.value is not None:
-        scale = config.value_lr / config.lr if config.lr else 0.0
-        groups.append({"params": model.value.parameters(), "scale": scale})
+        groups.append({"params": model.value.parameters(), "highest": config.value_lr})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=config.adam_eps,
                              weight_decay=config.weight_decay, fused=True)
 
@@ -299,7 +309,10 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     if config.kl_target:
         settings["beta"] = objectives.adapted_beta(settings["beta"], metrics["kl"], config.kl_target)
         metrics["beta"] = settings["beta"]
-    return {**metrics, **learn(config, run, loaded, model, optimizer, minibatches, step)}
+    metrics |= learn(config, run, loaded, model, optimizer, minibatches, step)
+    if model.value is None:                            # RLOO and GRPO
+        del metrics["value_loss"], metrics["explained_variance"]
+    return metrics
 
 
 def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: int) -> list:
@@ -395,9 +408,11 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
     for number, (epoch, i) in enumerate(updates):
         number_in_run = step * len(updates) + number
         done.append(update(config, run, loaded, model, optimizer, minibatches[i], number_in_run, step))
-        if number == 0 and done[0]["off"] > 1e-3 * (1 if run.dtype == torch.float32 else 100):
-            raise Fault(f"on the first minibatch the ratio differs from 1 by {done[0]['off']:.2g}: "
-                        "the policy that learns is not the one that sampled")
+        if number == 0:
+            off = max(run.gather({run.rank: done[0]["off"]}).values())
+            if off > 1e-3 * (1 if run.dtype == torch.float32 else 100):
+                raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: the policy that "
+                            "learns is not the one that sampled")
         if config.kl_stop and done[-1]["moved"] > config.kl_stop:          # as in OpenAI's Spinning Up, 2018
             break
     means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
@@ -470,8 +485,9 @@ def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rol
     sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl,
                                  total("entropy", "actions"), ended, sum(golds_of(loaded, prompts, answers)),
                                  repeated], dtype=torch.float64)).tolist()
-    values, returns = (torch.cat([getattr(r, name)[r.actions] for r in rollouts])
-                       for name in ("values", "returns"))
+    mine = torch.stack([torch.cat([getattr(r, name)[r.actions] for r in rollouts])
+                        for name in ("values", "returns")]).cpu()
+    values, returns = torch.cat(list(run.gather({run.rank: mine}).values()), dim=1)
     n, n_tokens, score, kl, entropy, ended, gold, repeated = sums
     return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens,
             "length": n_tokens / n, "ended": ended / n, "repetition": repeated / n_tokens,
@@ -520,10 +536,12 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
 # ---- 9. save -----------------------------------------------------------------------------------------------
 
 def following(config: Config) -> str:
-    """The report, where the run stands among the other stages' as it expects them; else a first question."""
+    """The report, where the run stands among the other stages' as it expects them and is of the default
+    corpus; else a first question.
+    """
     folder = Path(config.out)
-    if folder.name != "ppo":
-        return f'python generate.py --run {config.out} --prompt "def area(width, height):"'
+    if folder.name != "ppo" or config.data:
+        return common.first_question(config.out, config.data)
     usual = config.out in (Config.out, Config.TINY["out"])
     return "python evaluate.py" + f" --runs {folder.parent}" * (not usual) + " --tiny" * config.tiny
 
@@ -546,7 +564,7 @@ def main(config: Config) -> dict[str, float]:
 
     for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, config) * group["scale"]
+            group["lr"] = common.learning_rate(step, config, group["highest"])
         log.add(train_step(config, run, loaded, model, optimizer, step))
         if common.due(step + 1, config.save_every, config.steps):      # saved first: an evaluation can fail
             checkpoint.save(run, step + 1, config, model.config, **networks, optimizer=optimizer)

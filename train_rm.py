@@ -24,7 +24,7 @@ import data
 import masks
 import model as model_file
 import objectives
-from labeller import TIE, Labeller, agreement, collect_rankings
+from labeller import TIE, Labeller, agreement, collect_rankings, print_sources
 from tokenizer import Tokenizer
 
 # ---- 1. config ---------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         with run.autocast():
             scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)
         scored += zip(examples, scores_PK.tolist())
-    return agreement(sum(run.gather({run.rank: scored}).values(), []))
+    return agreement(sum(run.gather({run.rank: scored}).values(), []), {row.origin for row in loaded.train})
 
 
 @torch.no_grad()
@@ -201,19 +201,12 @@ def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     structure = model.config.structure
     batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
     scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)
-    answers = [[f"{score:+.2f} (labeller {rank:.2f})  {decode(target)}" for score, rank, target
+    answers = [[f"{score:+.2f} (ranked {rank:.2f})  {decode(target)}" for score, rank, target
                 in zip(scores_K, example.ranking, example.targets)]
                for scores_K, example in zip(scores_PK, examples)]
-    run.write_samples([(decode(example.source), answer[0], "\n".join(answer[1:]))
+    titles = ("human", "model") if examples[0].human else ("chosen", "rejected")
+    run.write_samples(titles=titles, rows=[(decode(example.source), answer[0], "\n".join(answer[1:]))
                        for example, answer in zip(examples, answers)])
-
-
-def print_sources(run: common.Run, last: dict[str, float]) -> None:
-    """The accuracy on each source of the data, where there are several; of few pairs it says little."""
-    for name, n in last.items():
-        if name.startswith("pairs_") and n:
-            origin = name.removeprefix("pairs_")
-            run.print(f"{origin}: accuracy {last[f'accuracy_{origin}']:.3f} on {n:,} held-out pairs")
 
 
 # ---- 9. save -----------------------------------------------------------------------------------------------

@@ -262,6 +262,12 @@ def test_wrong_numbers_behind_an_objective_are_one_sentence(name, tokenizer):
         data.objective_of(name, tokenizer, 64)
 
 
+def test_half_a_character_in_a_docstring_is_passed_over(tmp_path):
+    """Python may escape what UTF-8 cannot hold; the other docstrings of the file are read."""
+    (tmp_path / "m.py").write_text('def f():\n    "Cut \\ud83d."\n\n\ndef g():\n    "Return a whole one."\n')
+    assert [record.name for record in corpus.load_records(str(tmp_path / "m.py"))] == ["g"]
+
+
 def test_an_objective_finds_its_tokens_in_a_published_tokenizer(tokenizer):
     """[MASK] and sop, as GLM's own vocabulary spells them; what is not there is named."""
     settings = tokenizer_file.own_settings(tokenizer.ranks)

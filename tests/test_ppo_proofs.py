@@ -169,7 +169,7 @@ def optimise(model, config: train_ppo.Config) -> None:
     for step in range(config.steps):
         for group in optimizer.param_groups:
             warm = min(1, (step + 1) / config.warmup)
-            group["lr"] = config.lr * group["scale"] * warm * (1 - step / config.steps)
+            group["lr"] = group["highest"] * warm * (1 - step / config.steps)
         train_ppo.train_step(config, RUN, LOADED, model, optimizer, step)
 
 
@@ -465,7 +465,7 @@ def test_the_first_minibatch_is_on_policy(structure, dtype, random_model, tokeni
 
 
 def test_the_equations_do_not_look_at_padding():
-    """NaN at every position without an action: rewards, advantages and whitening are the same bits."""
+    """1e30 at every position without an action: rewards, advantages and whitening are the same bits."""
     mask = torch.tensor([[False, True, True, True, False, False], [True, True, False, True, True, True]])
     last = torch.tensor([[False, False, False, True, False, False], [False, True, False, False, False, True]])
     def equations(filler: float):

@@ -89,6 +89,16 @@ def test_answers_to_other_prompts_are_ranked_too(tokenizer, monkeypatch):
         labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=True)
 
 
+def test_an_answer_is_not_compared_with_itself(tokenizer, capsys):
+    """It is left out and counted; the labeller knows what it cannot judge."""
+    records = [corpus.Record(f"f{k}", prompt="Is it?", chosen="Yes.", rejected=rejected)
+               for k, rejected in enumerate(("Yes.", "No.", "No!"))]
+    run = common.Run(None, torch.device("cpu"), torch.float32)
+    found = labeller.collect_rankings(train_rm.Config(), run, tokenizer, records, None, None, training=True)
+    assert len(found) == 2 and "1 comparisons of an answer with itself are left out" in capsys.readouterr().out
+    assert not labeller.can_judge(records) and labeller.can_judge([corpus.Record("f", prompt="def f():\n")])
+
+
 def test_a_tie_counts_nowhere():
     """A gap below TIE: no loss, no gradient, no pair of the accuracy, whichever the scores prefer."""
     close = data.Example([1], [[2], [3]], ranking=(0.5, 0.5 + 0.9 * labeller.TIE))
@@ -126,6 +136,8 @@ def test_agreement_equals_the_loop():
     assert labeller.agreement(scored) == pytest.approx(expected, abs=1e-6)
     one = [(example._replace(origin="a"), scores) for example, scores in scored]
     assert not any(name.endswith(("_a", "_b")) for name in labeller.agreement(one))
+    unseen = labeller.agreement(one, {"a", "b"})               # b is in the data, but no held-out pair is of it
+    assert unseen["pairs_b"] == 0 and "accuracy_b" not in unseen and unseen["accuracy_a"] == unseen["accuracy"]
 
 
 def test_correlation_of_what_does_not_vary_is_zero():
@@ -209,6 +221,16 @@ def test_compared_dialogues_may_be_lists_of_messages():
                             ({"chosen": [asked], "rejected": [asked]}, "no reply")):
         with pytest.raises(ValueError, match=fragment):
             corpus.fields_of(wrong)
+
+
+def test_ultrafeedbacks_rows_are_comparisons():
+    """The question as a text, two lists that hold it once more, and `messages` beside them: the comparison counts."""
+    asked, yes, no = ({"role": role, "content": content} for role, content in
+                      (("user", "Is it?"), ("assistant", "Yes."), ("assistant", "No.")))
+    expected = [{"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."}]
+    row = {"prompt": "Is it?", "chosen": [asked, yes], "rejected": [asked, no], "messages": [asked, yes]}
+    assert corpus.fields_of(row) == expected
+    assert corpus.fields_of({"prompt": "Is it?", "chosen": [yes], "rejected": [no]}) == expected
 
 
 # ---- the reward's zero -------------------------------------------------------------------------------------
@@ -314,7 +336,7 @@ def test_the_evaluation_of_dpo_equals_the_loop(random_model, tokenizer, tmp_path
     asked = []
     monkeypatch.setattr(train_dpo, "generate_many", lambda *arguments: asked.append(arguments[5]) or answers)
     judge = SimpleNamespace(golds=lambda prompts, answers: [float(len(answer)) for answer in answers])
-    loaded = SimpleNamespace(held_out=examples, reference=reference, tokenizer=tokenizer, labeller=judge)
+    loaded = SimpleNamespace(train=examples, held_out=examples, reference=reference, tokenizer=tokenizer, labeller=judge)
     run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
     found = train_dpo.evaluate(train_dpo.Config(row=14, beta=0.3), run, loaded, policy)
 

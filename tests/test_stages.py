@@ -143,7 +143,7 @@ def test_first_ppo_iteration_starts_at_the_reference(flow):
 
 @one_structure
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
-def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tmp_path):
+def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, capsys, advantage, tmp_path):
     """No answers, no reward model, several samples of a prompt: the figures are finite, the own reward rises
     or falls with nothing but the function, and what a reward model would be asked for is not missed.
     """
@@ -154,9 +154,12 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
     config = type(stages[3][1])(**{**vars(stages[3][1]), "data": str(tmp_path / "prompts.jsonl"),
                                    "reward": f"{tmp_path}/mine.py:letters", "advantage": advantage,
                                    "samples": 4, "out": str(tmp_path / "ppo"), "no_end": 0.0})
-    last = train_ppo.main(config)
+    last, printed = train_ppo.main(config), capsys.readouterr().out
     assert last["step"] == config.steps and 0 < last["reward"] < 8
-    assert last["ptx_loss"] == 0 and (last["value_loss"] == 0) == (advantage != "gae")
+    assert last["ptx_loss"] == 0 and "the data has no responses that fit" in printed
+    assert ({"value_loss", "explained_variance"} <= set(last)) == (advantage == "gae")
+    assert "--- human" not in printed and labeller.NO_GOLD not in printed
+    assert f'next: python generate.py --run {config.out} --prompt "..."' in printed
     saved = checkpoint.latest(tmp_path / "ppo")
     assert ("value" in saved) == (advantage == "gae")                # RLOO and GRPO have no value model
 
@@ -166,9 +169,9 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, advantage, tm
     (("--kl_target", "6", "--beta", "0"), "kl_target"), (("--samples", "3"), "samples"), (("--kl_estimator", "k4"), "k4"), (("--value_init", "zero"), "zero"),
     (("--reward", "absent.py:reward"), "absent.py"), (("--minibatch_size", "3"), "minibatch_size"),
     (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
-    (("--temperature", "0"), "temperature"), (("--value_lr", "-1"), "value_lr"), (("--beta", "nan"), "beta"),
+    (("--temperature", "0"), "temperature"), (("--temperature", "inf"), "temperature"), (("--value_lr", "-1"), "value_lr"), (("--beta", "nan"), "beta"),
     (("--ptx", "-1"), "ptx"), (("--score_clip", "-1"), "score_clip"), (("--max_new", "128"), "no room"), (("--seed", "-1"), "seed"), (("--row", "0"), "row"),
-    (("--beta", "-1"), "beta"), (("--lam", "7"), "lam"), (("--ratio_clip", "-1"), "ratio_clip")])
+    (("--beta", "-1"), "beta"), (("--lam", "7"), "lam"), (("--advantage", "rloo", "--lam", "1"), "lam: rloo"), (("--ratio_clip", "-1"), "ratio_clip")])
 @one_structure
 def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
     """Said before anything is written."""
@@ -191,7 +194,7 @@ def test_a_reward_model_of_another_structure_is_refused(flow, tmp_path, package,
 
 
 @pytest.mark.parametrize("wrong", [{"prompts": 0}, {"samples": 0}, {"best_of": 0}, {"max_new": 0},
-                                   {"cool": 0.0}, {"cool": -1.0}])
+                                   {"cool": 0.0}, {"cool": -1.0}, {"cool": float("nan")}, {"seed": -1}])
 def test_a_report_of_nothing_is_refused(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
         evaluate.main(evaluate.Config(**wrong))
@@ -209,9 +212,10 @@ def test_the_next_command_names_an_unusual_folder(flow, capsys):
                     "next: python train_sft.py --tiny"]
     rm = train_rm.Config(init="runs/my_sft", out="runs/my_rm")
     assert common.passed_on(rm, "--reward", "init") == " --reward runs/my_rm --init runs/my_sft"
-    for out, following in (("runs/ppo", "python evaluate.py"), ("mine/ppo", "python evaluate.py --runs mine"),
-                           ("runs/second", "python generate.py --run runs/second")):
-        assert train_ppo.following(train_ppo.Config(out=out)).startswith(following)
+    for out, own, following in (("runs/ppo", "", "python evaluate.py"), ("mine/ppo", "", "python evaluate.py --runs mine"),
+                                ("runs/second", "", "python generate.py --run runs/second"),
+                                ("runs/ppo", "mine.jsonl", 'python generate.py --run runs/ppo --prompt "..."')):
+        assert train_ppo.following(train_ppo.Config(out=out, data=own)).startswith(following)
 
 
 def test_dpo_learns_from_the_reward_models_comparisons(flow):
@@ -289,6 +293,62 @@ def test_every_source_of_comparisons_has_its_accuracy(flow, no_curves, capsys, t
     mean = sum(n[name] * last[f"accuracy_{name}"] for name in n) / sum(n.values())
     assert last["accuracy"] == pytest.approx(mean) and min(n.values()) > 0
     assert all(f"{name}: accuracy {last[f'accuracy_{name}']:.3f} on {n[name]} held-out" in printed for name in n)
+
+
+@one_structure
+def test_own_comparisons_are_not_called_the_models(flow, no_curves, tmp_path):
+    """samples.txt of comparisons that people made: chosen and rejected, neither human nor model."""
+    _, stages, _ = flow
+    rows = [{"prompt": f"Is it {i}?", "chosen": "Yes.", "rejected": "No no."} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for main, config in (stages[2], stages[4]):
+        out = tmp_path / Path(config.out).name
+        main(dataclasses.replace(config, data=str(tmp_path / "d.jsonl"), out=str(out)))
+        written = (out / "samples.txt").read_text()
+        assert "--- chosen" in written and "--- human" not in written
+        assert ("--- rejected" in written, "--- model" in written) == (main is stages[2][0], main is stages[4][0])
+
+
+@one_structure
+def test_a_value_model_learns_at_its_own_rate(flow, no_curves, tmp_path):
+    """--lr 0 --value_lr x: the policy stays, the value model learns."""
+    runs, stages, _ = flow
+    main, config = stages[3]
+    out = dataclasses.replace(config, out=str(tmp_path / "ppo"), lr=0.0, value_lr=1e-3, ptx=0.0)
+    main(out)
+    saved, sft, rm = (checkpoint.latest(folder) for folder in (out.out, runs / "sft", runs / "rm"))
+    assert all(torch.equal(saved["model"][name], sft["model"][name]) for name in sft["model"])
+    assert any(not torch.equal(saved["value"][name], rm["model"][name]) for name in rm["model"])
+
+
+@one_structure
+def test_a_reward_that_fails_on_another_rank_is_told(flow, package, tmp_path):
+    """Each rank scores answers of its own: rank 0 speaks for the one that met the mistake."""
+    runs, _, _ = flow
+    (tmp_path / "mine.py").write_text("import os\n\n\ndef reward(prompt, response):\n"
+                                      "    return 1 / (1 - int(os.environ['RANK']))\n")
+    failed = subprocess.run(
+        [sys.executable, str(ROOT / "train_ppo.py"), "--init", str(runs / "sft"), "--data", str(package), "--ranks", "2",
+         "--dtype", "fp32", "--device", "cpu", "--reward", f"{tmp_path}/mine.py:reward", "--out", str(tmp_path / "ppo"),
+         "--max_new", "8", "--batch_size", "8", "--minibatch_size", "4"], capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert failed.returncode == 2 and len(errors) == 1 and "ZeroDivisionError" in errors[0], failed.stderr
+    assert not (tmp_path / "ppo").exists()
+
+
+@one_structure
+def test_a_report_of_runs_whose_logs_say_little(flow, package, tmp_path):
+    """A base that was imported has no log, one that was stopped early no evaluation: what they lack is left out."""
+    runs, _, _ = flow
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(runs / stage, tmp_path / "runs" / stage)
+    log = tmp_path / "runs" / "pretrain" / "metrics.jsonl"
+    for line in ('{"step": 1, "seconds": 2.0}\n', None):
+        log.write_text(line) if line else log.unlink()
+        report = evaluate.main(evaluate.Config(runs=str(tmp_path / "runs"), data=str(package), prompts=5, best_of=2,
+                                               max_new=8, device="cpu"))
+        assert "bits_per_byte" not in report["base"] and ("pretrain" in report["seconds"]) == bool(line)
 
 
 def test_the_report_covers_all_rows(flow, package):
@@ -569,7 +629,7 @@ def test_two_ranks_equal_one(flow, package, no_curves, tmp_path, monkeypatch):
         ones, twos = ([json.loads(line) for line in (where / stage / "metrics.jsonl").read_text().splitlines()]
                       for where in (alone, tmp_path / "two"))
         for one, two in zip(ones, twos, strict=True):
-            for name in set(one) - {"seconds", "padding", "explained_variance"}:
+            for name in set(one) - {"seconds", "padding"}:
                 assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (stage, one["step"], name)
 
 
@@ -675,6 +735,9 @@ def test_unknown_flag_names_the_nearest(monkeypatch, capsys):
     (b'{"prompt": "a", "response": 3}\n', "'response'"),
     (b'{"text": "a"}\n', "prompt + response"),
     (b'[1, 2]\n', "d.jsonl:1"),
+    (b'{"prompt": "a", "response": "b"}\n{"prompt": "\\ud83d", "response": "b"}\n', "d.jsonl:2: 'prompt' holds half"),
+    (b'{"prompt": ' + b"9" * 5000 + b"}", "d.jsonl:1: not read"),
+    (b'[' * 100_000, "d.jsonl:1: not read"),
 ])
 def test_bad_files_are_one_sentence(monkeypatch, capsys, tmp_path, flow, content, fragment):
     """A file that cannot be used is named with its line and what was expected; nothing is written."""
