@@ -77,12 +77,15 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def table_of(record: list[dict], claim: str) -> str:
-    """Mean ± half of the 95 % interval over the seeds, a line per row of the measurement."""
+    """Mean ± half of the 95 % interval over the seeds, a line per row of the measurement. Runs that diverged
+    have no figures; the row tells how many there were.
+    """
     rows = [row for row in record if row["claim"] == claim]
     figures = [name for row in rows for name, x in row.items() if isinstance(x, (int, float))]
     columns = COLUMNS.get(claim, tuple(dict.fromkeys(name for name in figures if name != "seed")))
     lines = ["| " + " | ".join(("", *columns)) + " |", "|" + "---|" * (1 + len(columns))]
     for name in dict.fromkeys(row["row"] for row in rows):
+        diverged = sum(row["row"] == name and "diverged" in row for row in rows)
         cells = []
         for column in columns:
             values = [row[column] for row in rows if row["row"] == name and row.get(column) is not None]
@@ -90,7 +93,8 @@ def table_of(record: list[dict], claim: str) -> str:
             digits = 0 if all(isinstance(value, int) for value in values) else 3
             spread = "" if math.isnan(half) or not half else f" ± {half:.{digits}f}"
             cells.append(f"{mean:,.{digits}f}{spread}" if values else "")
-        lines.append("| " + " | ".join((name, *cells)) + " |")
+        label = name + f" ({diverged} diverged)" * bool(diverged)
+        lines.append("| " + " | ".join((label, *cells)) + " |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ import time
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from flow import Flow, data_of, metrics_of, write_pairs
 
@@ -27,9 +29,13 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
               "causal, prefix LM, source half counted": dict(structure="causal", objective="prefix_lm",
                                                              source_weight=0.5),
               "prefix, prefix LM": dict(structure="prefix", objective="prefix_lm"),
-              "encoder-decoder, as many layers in each stack": dict(structure="encdec", objective="prefix_lm"),
+              "encoder-decoder, as many layers in each stack":
+                  dict(structure="encdec", objective="prefix_lm"),
               "encoder-decoder, 1.03 times the parameters": dict(structure="encdec", objective="prefix_lm",
-                                                               layers=1, width=144)}
+                                                               layers=1, width=144),
+              "causal, prefix LM, lr 0.001": dict(structure="causal", objective="prefix_lm", lr=1e-3),
+              "encoder-decoder, as many layers in each stack, lr 0.001":
+                  dict(structure="encdec", objective="prefix_lm", lr=1e-3)}
 BEGINNING, ENDS = 32, (16, 64, 128, 256)             # tokens that are continued, and how far
 
 
@@ -44,7 +50,7 @@ def structures(flow: Flow) -> list[dict]:
         model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
         rows.append({"row": name, "parameters": model_file.parameter_count(model),
                      "counted_per_step": line["counted"],
-                     "ms_per_token_trained": ms_per_token_trained(pretrain),
+                     **price_of_token(pretrain),
                      "loss_summary": metrics_of(sft)[-1]["loss"], **summaries(flow, sft),
                      **continuations(flow, pretrain, model, ends), "curve": curve(pretrain, context)})
     return rows
@@ -73,29 +79,41 @@ def curve(folder: str, context: int) -> list[list[float]]:
     return [[step * config.batch_size * context, round(float(nats.mean()), 4)] for step, nats in losses]
 
 
-def ms_per_token_trained(folder: str) -> float:
-    """Of whole training steps on one thread: the best of four times through the same six, since another run
-    may be at work beside this one.
+def price_of_token(folder: str) -> dict[str, float]:
+    """Of a token read in training, forward and backward: its arithmetic in million FLOPs, as torch counts
+    matrix products, and milliseconds of whole steps on one thread, the best of four times through the same
+    six, since another run may be at work beside this one.
     """
     config, run, loaded = data_of(train_pretrain, folder)
     model = checkpoint.load_model(folder)
-    optimizer, seconds = train_pretrain.build_optimizer(config, model), []
+    optimizer, seconds, steps = train_pretrain.build_optimizer(config, model), [], range(6)
+
+    def train() -> None:
+        for step in steps:
+            train_pretrain.train_step(config, run, loaded, model, optimizer, step)
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:    # fused it is not counted
+        train()
     for _ in range(4):
         begun = time.perf_counter()
-        for step in range(6):
-            train_pretrain.train_step(config, run, loaded, model, optimizer, step)
+        train()
         seconds.append(time.perf_counter() - begun)
-    return 1000 * min(seconds) / (6 * config.batch_size * config.context)
+    tokens = len(steps) * config.batch_size * config.context
+    return {"mflops_per_token_trained": counter.get_total_flops() / tokens / 1e6,
+            "ms_per_token_trained": 1000 * min(seconds) / tokens}
 
 
-def summaries(flow: Flow, sft: str) -> dict[str, float]:
-    """The labeller's score of greedy one-line summaries of held-out functions: understanding what is read."""
+def summaries(flow: Flow, sft: str, model=None) -> dict[str, float]:
+    """The labeller's score of greedy one-line summaries of held-out functions: understanding what is read.
+    And the share of them that end within 40 tokens. model: another than that of this run, on its prompts.
+    """
     (_, _, loaded), judge = data_of(train_sft, sft), judge_of(flow)
     prompts, decode = [example.source for example in loaded.held_out[:200]], loaded.tokenizer.decode
-    answers = generate(checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature=0.0)
+    answers = generate(model or checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature=0.0)
     pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
     return {"gold_greedy": float(np.mean([judge.gold(*pair) for pair in pairs])),
-            "about_greedy": float(np.mean([labeller.about(*pair) for pair in pairs]))}
+            "about_greedy": float(np.mean([labeller.about(*pair) for pair in pairs])),
+            "ended": float(np.mean([answer[-1] == loaded.tokenizer.end for answer in answers]))}
 
 
 def pairs_of(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]]:
@@ -211,16 +229,27 @@ def random_base(flow: Flow) -> str:
 
 
 def pretraining_for_sft(flow: Flow) -> list[dict]:
-    """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model."""
+    """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model; and what
+    the base model answers before any.
+    """
     train, held_out = shuffled_pairs(flow)
-    rows = []
+    rows, sft = [], ""
     for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
         for part in (64, 8, 1):
             n = max(train_sft.Config.batch_size, len(train) // part)
             pairs = [(r.prompt, r.response) for r in train[:n]]
-            figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init, 0.15)
+            sft = f"sft_{name.split()[0]}_{part}"
+            figures = tuned_on(flow, sft, pairs, held_out, init, 0.15)
             rows.append({"row": f"{name}, 1/{part} of the pairs", "pairs": n, **figures})
-    return rows
+    return [before_sft(flow, str(flow.folder / sft)), *rows]
+
+
+@torch.no_grad()
+def before_sft(flow: Flow, sft: str) -> dict:
+    """The base model's row, on the held-out pairs of this SFT run."""
+    (_, run, loaded), base = data_of(train_sft, sft), checkpoint.load_model(flow.pretrain())
+    loss = train_sft.evaluate(train_sft.Config(), run, loaded, base)["loss"]
+    return {"row": "base model, no SFT", "pairs": 0, "loss": loss, **summaries(flow, sft, base)}
 
 
 def sft_selection(flow: Flow) -> list[dict]:

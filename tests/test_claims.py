@@ -35,6 +35,8 @@ def test_table_has_a_line_per_row_and_no_other_claims():
             (("sft", (0.5, 0.6, 0.7)), ("ppo", (0.8,))) for seed, gold in enumerate(golds)]
     table = claims.table_of(rows + [{"claim": "b", "row": "other", "gold": 0.1}], "a")
     assert table.splitlines()[2:] == ["| sft | 0.600 ± 0.248 |", "| ppo | 0.800 |"]
+    rows[3] |= {"gold": None, "diverged": "the loss is not finite"}
+    assert claims.table_of(rows, "a").splitlines()[3] == "| ppo (1 diverged) |  |"
 
 
 @pytest.mark.parametrize("claim", sorted({row["claim"] for row in claims.read_record(RECORD)}))

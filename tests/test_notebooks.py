@@ -3,11 +3,16 @@ import ast
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
+
+import claims                                   # noqa: E402  (the line above makes it importable)
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -78,6 +83,39 @@ def test_saved_outputs_are_those_of_one_clean_run(path):
         output.get("data", {}).pop("image/png", None)
     text = json.dumps([outputs, [cell.source for cell in nbformat.read(path, 4).cells]])
     assert not MACHINE.search(text), MACHINE.search(text)
+
+
+@every_notebook
+def test_the_sources_that_are_shown_are_todays(path):
+    """print(inspect.getsource(file.function)): what is saved with the notebook stands in the file."""
+    for cell in cells(path, "code"):
+        shown = "".join(output.get("text", "") for output in cell.outputs)
+        for file, name in re.findall(r"^print\(inspect.getsource\((\w+)\.(\w+)", cell.source, re.MULTILINE):
+            file = {"networks": "model"}.get(file, file)
+            source = (ROOT / f"{file}.py").read_text()
+            nodes = [node for node in ast.parse(source).body
+                     if name in {getattr(node, "name", "")} | {target.id for target in getattr(node, "targets", ())}]
+            assert ast.get_source_segment(source, nodes[0]) in shown, (path.name, name)
+
+
+def test_the_difference_that_is_shown_is_todays(monkeypatch):
+    """The first cell of notebook 4 compares two scripts; it says today what is saved with it."""
+    first, displayed = cells(ROOT / "notebooks" / "4_supervised_finetuning.ipynb", "code")[0], []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("IPython.display.display", displayed.append)
+    exec(first.source, {})
+    assert displayed and [html.data for html in displayed] == [output.data["text/html"] for output in first.outputs]
+
+
+def test_the_tables_that_are_shown_are_on_record():
+    """read_out("..."): the table that is saved with notebook 7 is what records/claims.jsonl gives."""
+    record, shown = claims.read_record(ROOT / "records" / "claims.jsonl"), []
+    for cell in cells(NOTEBOOKS[-1], "code"):
+        for claim in re.findall(r'^read_out\("(\w+)"\)', cell.source, re.MULTILINE):
+            shown.append(claim)
+            saved = "".join(output.get("data", {}).get("text/markdown", "") for output in cell.outputs)
+            assert claims.table_of(record, claim) in saved, claim
+    assert set(shown) == {row["claim"] for row in record} - {"over_optimisation"}
 
 
 @every_notebook
