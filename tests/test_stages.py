@@ -795,6 +795,25 @@ def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("module, flags, fragment", [
+    (compare, ("--width", "34"), "heads 4 must divide width 34"), (compare, ("--prompts", "0"), "prompts is 0"),
+    (bench, ("--batch_size", "0"), "batch_size is 0"), (bench, ("--what", "generate", "--prompt", "-4"), "prompt is -4"),
+    (bench, ("--source", "-4"), "source is -4"), (generate, ("--temperature", "inf"), "temperature is inf"),
+    (generate, ("--seed", "-1"), "seed is -1")])
+def test_the_other_scripts_check_before_they_begin(module, flags, fragment, monkeypatch, capsys, tmp_path):
+    out = ("--out", str(tmp_path / "out")) * (module is compare)
+    assert fragment in fails(monkeypatch, capsys, module, *out, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hardware.choose_device("cuda:1").index == 1
+    with pytest.raises(UserError, match="cuda:2.* is not present"):
+        hardware.choose_device("cuda:2")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_absent_cuda_is_one_sentence(monkeypatch, capsys, tmp_path):
     assert "not present" in fails(monkeypatch, capsys, train_pretrain, "--device", "cuda",
