@@ -128,7 +128,7 @@ def main(config: Config) -> dict:
               "ms_p90": round(1e3 * deciles[-1], 2), "params": model_file.parameter_count(model),
               "rss_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
               "foreign_cpu": foreign and round(max(0.0, foreign) / hardware.cores(), 3),
-              "dtype": run.dtype_name() if config.what == "train" or device.type != "cpu" else "fp32",
+              "dtype": run.dtype_name(sampling=config.what == "generate"),
               "threads": torch.get_num_threads(),
               "processor": hardware.processor_name(device), "torch": torch.__version__}
     if device.type == "cuda":

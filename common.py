@@ -38,18 +38,22 @@ class Run:
         if self.rank == 0:
             tqdm.write(" ".join(str(word) for word in words))
 
-    def dtype_name(self) -> str:
-        return "fp32" if self.dtype == torch.float32 else "bf16"
+    def dtype_name(self, sampling: bool = False) -> str:
+        return "bf16" if self.in_bf16(sampling) else "fp32"
+
+    def in_bf16(self, sampling: bool = False) -> bool:
+        """Sampling on a CPU never is: the cache has another length at every token, and model.few_sizes says
+        what that costs.
+        """
+        return self.dtype != torch.float32 and not (sampling and self.device.type == "cpu")
 
     def seconds(self) -> float:
         return self.seconds_before + time.time() - self.started
 
     def autocast(self, sampling: bool = False):
-        """Products in bf16 where that is faster; weights, norms and losses stay fp32. For sampling on a CPU
-        it is not: the cache has another length at every token, and model.few_sizes says what that costs.
-        """
-        enabled = self.dtype != torch.float32 and not (sampling and self.device.type == "cpu")
-        return torch.autocast(self.device.type, self.dtype) if enabled else contextlib.nullcontext()
+        """Products in bf16 where that is faster; weights, norms and losses stay fp32."""
+        lower = self.in_bf16(sampling)
+        return torch.autocast(self.device.type, self.dtype) if lower else contextlib.nullcontext()
 
     def sum(self, value) -> Tensor:
         """The sum over all ranks, fp64 where the device has it."""
@@ -131,18 +135,6 @@ def passed_on(config, flag: str, *kept: str) -> str:
     told = [f" {flag} {getattr(config, name)}" for flag, name in flags.items()
             if getattr(config, name) not in (getattr(type(config), name), config.TINY.get(name))]
     return "".join(told) + " --tiny" * config.tiny
-
-
-def stop_together(mistake: str) -> None:
-    """Raise UserError on every rank where one of them has met a mistake, each scoring answers of its own: the
-    first rank speaks for all.
-    """
-    mistakes = [mistake]
-    if dist.is_initialized():
-        mistakes = [""] * dist.get_world_size()
-        dist.all_gather_object(mistakes, mistake)
-    if said := next(filter(None, mistakes), ""):
-        raise UserError(said)
 
 
 def first_question(folder: str, data: str) -> str:

@@ -406,6 +406,11 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     return kept
 
 
+def room_for_prompt(config, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest prompt after which an answer of max_new still fits into the context."""
+    return config.context - config.max_new - tokenizer.around
+
+
 def require(examples: list[list], at_least: int, config, wanted: str, most: int = 0) -> None:
     """Both sets must hold something, and the training set one step's worth. most: tokens that a sequence may
     have, where it is not the whole context.

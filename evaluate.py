@@ -304,8 +304,8 @@ def build_report(config: Config) -> tuple[dict, str]:
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
     folder = Path(config.runs)
-    report["base"] |= {name: round(value, 4) for name, value
-                       in last_line(folder / "pretrain", "bits_per_byte").items() if name == "bits_per_byte"}
+    if of_base := last_line(folder / "pretrain", "bits_per_byte"):
+        report["base"]["bits_per_byte"] = round(of_base["bits_per_byte"], 4)
     of_reward_model = last_line(folder / "rm", "accuracy") if study.reward else {}
     report["reward_model"] = {name: round(value, 4) for name, value in of_reward_model.items()
                               if "accuracy" in name}

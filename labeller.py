@@ -192,8 +192,11 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft, labelle
     ranked = [row._replace(ranking=(1.0, 0.0)) for row in given]
     pairs = data.token_rows(run, tokenizer, [r for r in records if r.response], ("prompt", "response"),
                             config.context)
-    room = config.context - config.max_new - tokenizer.around               # for the prompt of a sample
+    room, n_pairs = data.room_for_prompt(config, tokenizer), len(pairs)
     pairs = [pair for pair in pairs if len(pair.source) <= room]
+    if len(pairs) < n_pairs:
+        run.print(f"{n_pairs - len(pairs):,} of {n_pairs:,} prompts have more than {room} tokens, leave no "
+                  "room for samples and are dropped")
     n, mismatched = config.answers - 1, config.mismatched * training
     if training and not can_judge([r for r in records if r.response]):
         run.print("note: these prompts are no function signatures, and the simulated labeller ranks one-line "

@@ -74,9 +74,9 @@ def texts_of(batch: data.Batch, tokenizer: Tokenizer) -> dict[int, tuple[str, st
 class RewardFunction(torch.nn.Module):
     """The function, called as a model.ScalarModel is: one score per answer of a batch."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer):
+    def __init__(self, name: str, tokenizer: Tokenizer, run: common.Run):
         super().__init__()
-        self.name, self.function, self.tokenizer = name, load_function(name), tokenizer
+        self.name, self.function, self.tokenizer, self.run = name, load_function(name), tokenizer, run
 
     def forward(self, batch: data.Batch, masks, where_BT: Tensor) -> Tensor:
         """Scores (N,) of the answers that stand where `where` is True, row by row."""
@@ -85,7 +85,9 @@ class RewardFunction(torch.nn.Module):
             scores = [self.score(*texts[answer]) for answer in data.answer_of_token(batch, where_BT).tolist()]
         except UserError as error:
             mistake = str(error)
-        common.stop_together(mistake)
+        # each rank scores answers of its own: all stop where one has met a mistake
+        if said := next(filter(None, self.run.gather({self.run.rank: mistake}).values()), ""):
+            raise UserError(said)
         return torch.tensor(scores, device=where_BT.device)
 
     def score(self, prompt: str, response: str) -> float:

@@ -191,7 +191,7 @@ def evaluate_samples(config: Config, run: common.Run, loaded: Data, model) -> di
     answer.
     """
     result, decode = {}, loaded.tokenizer.decode
-    room = config.context - config.max_new - loaded.tokenizer.around
+    room = data.room_for_prompt(config, loaded.tokenizer)
     prompts = [row.source for row in loaded.held_out[:config.eval_size] if len(row.source) <= room]
     if not prompts:
         return result

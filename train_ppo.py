@@ -149,7 +149,7 @@ def load_data(config: Config, run: common.Run) -> Data:
     pairs, held_out_pairs = (data.token_rows(run, tokenizer, [r for r in part if r.response],
                                              ("prompt", "response"), config.context)
                              for part in (train, held_out))
-    room = config.context - config.max_new - tokenizer.around
+    room = data.room_for_prompt(config, tokenizer)
     sequences[1] = [pair for pair in held_out_pairs if len(pair.source) <= room] or sequences[1]
     if not can_judge(train):
         run.print(NO_GOLD)
@@ -204,7 +204,7 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
     policy = checkpoint.load_language_model(config.init, config.context)
     value_init = config.value_init if config.advantage == "gae" else "none"
     if own_reward.is_function(config.reward):
-        model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer),
+        model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer, run),
                            value_init.replace("reward", "sft"))
     else:
         reward = checkpoint.load_model(config.reward, config.context)

@@ -180,7 +180,7 @@ def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path)
               "def reward(prompt, response):\n    return len(prompt) + len(response) * Weights().part\n")
     (tmp_path / "mine.py").write_text(source)
     (tmp_path / "beside_it.py").write_text("PART = 0.01\n")
-    function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer)
+    function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)
     pairs = [("abc", "d"), ("e", "fghi"), ("jk", "lm")]
     examples = [data.Example(tokenizer.encode(prompt), [tokenizer.encode(response) + [tokenizer.end]])
                 for prompt, response in pairs]
@@ -204,7 +204,7 @@ def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path)
 def test_a_bad_own_reward_is_one_sentence(tmp_path, tokenizer, content, name, fragment):
     (tmp_path / "mine.py").write_text(content)
     with pytest.raises(UserError, match=fragment):
-        function = own_reward.RewardFunction(f"{tmp_path}/{name}", tokenizer)
+        function = own_reward.RewardFunction(f"{tmp_path}/{name}", tokenizer, RUN)
         function.score("prompt", "response")
 
 

@@ -99,6 +99,19 @@ def test_an_answer_is_not_compared_with_itself(tokenizer, capsys):
     assert not labeller.can_judge(records) and labeller.can_judge([corpus.Record("f", prompt="def f():\n")])
 
 
+def test_only_the_prompt_needs_room_for_samples(tokenizer, monkeypatch, capsys):
+    """A human answer may fill the context; a prompt that leaves a sample no room is dropped and counted."""
+    monkeypatch.setattr(labeller, "generate_many", lambda run, model, prompts, tokenizer, *_: [[tokenizer.end]] * len(prompts))
+    long = " ".join(["Return"] * 20)
+    records = [corpus.Record("f", prompt="def f():\n", response=long), corpus.Record("g", prompt=long, response="Go.")]
+    config, run = train_rm.Config(answers=2, mismatched=0), common.Run(None, torch.device("cpu"), torch.float32)
+    config.context = tokenizer.around + 1 + len(tokenizer.encode("def f():\n" + long))
+    config.max_new = config.context - tokenizer.around - len(tokenizer.encode("def f():\n"))
+    judge = SimpleNamespace(rank=lambda prompt, answers: [1.0] * len(answers))
+    (kept,) = labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=False)
+    assert tokenizer.decode(kept.targets[0]) == long and "1 of 2 prompts have more than" in capsys.readouterr().out
+
+
 def test_a_tie_counts_nowhere():
     """A gap below TIE: no loss, no gradient, no pair of the accuracy, whichever the scores prefer."""
     close = data.Example([1], [[2], [3]], ranking=(0.5, 0.5 + 0.9 * labeller.TIE))
