@@ -47,11 +47,11 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
 
 
 def started_from(config) -> dict[str, str]:
-    """What the run starts from: of the folders `init` and `reward` the newest step, and a digest of all the
-    settings behind it (config.json holds what that run has started from itself).
+    """What the run starts from: of the folders `init`, `reward` and `sampler` the newest step, and a digest
+    of all the settings behind it (config.json holds what that run has started from itself).
     """
-    found = {}
-    for folder in (getattr(config, name, "") for name in ("init", "reward")):
+    found, samplers = {}, getattr(config, "sampler", "").split(",")
+    for folder in (getattr(config, "init", ""), getattr(config, "reward", ""), *samplers):
         settings = Path(folder) / "config.json"
         if folder and (steps := steps_of(Path(folder))):
             content = settings.read_bytes() if settings.exists() else b""
@@ -113,6 +113,16 @@ def load_language_model(folder: str, context: int = 0, structure: str = "") -> L
     if not isinstance(model, LanguageModel):
         raise UserError(f"{folder} is a reward model: it scores answers and writes none")
     return model
+
+
+def load_samplers(config, run: Run, tokenizer: Tokenizer) -> list[LanguageModel]:
+    """The models whose samples are to be ranked: those of config.sampler, or the one the run starts from."""
+    models = []
+    for folder in [name for name in config.sampler.split(",") if name] or [config.init]:
+        if folder != config.init and load_tokenizer(folder, "ppo", config.tiny).ranks != tokenizer.ranks:
+            raise UserError(f"{folder} was trained on other tokens than {config.init}")
+        models.append(load_language_model(folder, config.context).to(run.device))
+    return models
 
 
 def command_for(stage: str, folder: str, tiny: bool = False) -> str:

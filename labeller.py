@@ -168,10 +168,9 @@ def can_judge(records: list[Record]) -> bool:
     return 2 * sum(bool(function_name(record.prompt)) for record in records) >= len(records)
 
 
-def collect_rankings(config, run, tokenizer, records: list[Record], sft, labeller: Labeller,
+def collect_rankings(config, run, tokenizer, records: list[Record], samplers: list, labeller: Labeller,
                      training: bool) -> list[data.Example]:
-    """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples of sft,
-    ranked.
+    """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples, ranked.
 
     In training, config.mismatched human answers to other prompts are ranked among them: these are written
     well and speak about something else, which a reward model must not overlook, and samples rarely show by
@@ -197,18 +196,34 @@ def collect_rankings(config, run, tokenizer, records: list[Record], sft, labelle
     if len(pairs) < n_pairs:
         run.print(f"{n_pairs - len(pairs):,} of {n_pairs:,} prompts have more than {room} tokens, leave no "
                   "room for samples and are dropped")
-    n, mismatched = config.answers - 1, config.mismatched * training
+    mismatched = config.mismatched * training
     if training and not can_judge([r for r in records if r.response]):
         run.print("note: these prompts are no function signatures, and the simulated labeller ranks one-line "
                   "descriptions of functions; bring comparisons of your own (prompt + chosen + rejected)")
-    prompts = [pair.source for pair in pairs for _ in range(n)]
-    samples = generate_many(run, sft, prompts, tokenizer, config.max_new, config.temperature, config.seed)
+    samples = samples_of(config, run, tokenizer, [pair.source for pair in pairs], samplers)
     for i, pair in enumerate(pairs):
         others = [pairs[(i + k) % len(pairs)].targets[0][:config.max_new] for k in range(1, mismatched + 1)]
-        prompt, answers = pair.source, pair.targets + samples[i * n:(i + 1) * n] + others
+        prompt, answers = pair.source, pair.targets + samples[i] + others
         ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])
         ranked.append(pair._replace(targets=answers, ranking=tuple(ranking), human=True))
     return with_mistakes(ranked, config.label_noise, config.seed) if training else ranked
+
+
+def samples_of(config, run, tokenizer, prompts: list[list[int]], samplers: list) -> list[list[list[int]]]:
+    """config.answers - 1 samples to each prompt, in equal shares of the samplers; the first ones may have one
+    more.
+    """
+    n, samples = config.answers - 1, [[] for _ in prompts]
+    if len(samplers) > n:
+        raise UserError(f"sampler names {len(samplers)} runs, and answers {config.answers} leaves room for "
+                        f"{n} samples to a prompt")
+    for k, model in enumerate(samplers):
+        share = len(range(k, n, len(samplers)))
+        drawn = generate_many(run, model, [prompt for prompt in prompts for _ in range(share)], tokenizer,
+                              config.max_new, config.temperature, config.seed)
+        for i, of_prompt in enumerate(samples):
+            of_prompt += drawn[i * share:(i + 1) * share]
+    return samples
 
 
 def with_mistakes(examples: list[data.Example], label_noise: float, seed: int) -> list[data.Example]:

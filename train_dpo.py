@@ -100,7 +100,7 @@ def load_data(config: Config, run: common.Run) -> Data:
     rng = np.random.default_rng(config.seed)
     train = [train[i] for i in rng.permutation(len(train))[:config.prompts]]
     held_out = [held_out[i] for i in rng.permutation(len(held_out))[:config.eval_size]]
-    sequences = [collect_rankings(config, run, tokenizer, part, sft, labeller, training=part is train)
+    sequences = [collect_rankings(config, run, tokenizer, part, [sft], labeller, training=part is train)
                  for part in (train, held_out)]
     data.require(sequences, config.batch_size, config,
                  wanted="comparisons (.jsonl with prompt + chosen + rejected) or pairs to sample from")

@@ -1,8 +1,9 @@
 """Reward model: learn from rankings which of two answers people prefer.
 
-    data              K answers to each prompt (Ouyang: 4 to 9), the human one and samples of SFT, ranked
-                      by the simulated labeller (or --data with prompt + chosen + rejected; of several files
-                      a.jsonl,b.jsonl or of records with a key "source" the accuracy is told one by one)
+    data              K answers to each prompt (Ouyang: 4 to 9), the human one and samples of SFT (in later
+                      rounds of --sampler), ranked by the simulated labeller (or --data with prompt + chosen +
+                      rejected; of several files a.jsonl,b.jsonl or of records with a key "source" the
+                      accuracy is told one by one)
     initial weights   the SFT model, its unembedding replaced by one vector: a scalar per token
     mask              the structure's: causal, prefix or encdec; never across documents
                       and answers to one prompt share its row without seeing each other
@@ -37,6 +38,7 @@ class Config:
     out: str = "runs/rm"                # run folder
     prompts: int = 8000                 # prompts whose answers are ranked
     answers: int = 5                    # answers to each, the human one among them: the paper's K
+    sampler: str = ""                   # run folders a,b whose samples are ranked; left empty: init's
     mismatched: int = 1                 # human answers to other prompts, ranked among them in training
     temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
@@ -89,11 +91,11 @@ def load_data(config: Config, run: common.Run) -> Data:
     records = [r for r in corpus.load_records(config.data, config.tiny) if r.response or r.chosen]
     train, held_out = corpus.split(records, checkpoint.held_out_names(config.init))
     labeller = Labeller(data.texts_of(train))
-    sft = checkpoint.load_language_model(config.init, config.context).to(run.device)
+    samplers = checkpoint.load_samplers(config, run, tokenizer)
     rng = np.random.default_rng(config.seed)
     train = [train[i] for i in rng.permutation(len(train))[:config.prompts]]
     held_out = [held_out[i] for i in rng.permutation(len(held_out))[:config.eval_size]]
-    sequences = [collect_rankings(config, run, tokenizer, part, sft, labeller, training=part is train)
+    sequences = [collect_rankings(config, run, tokenizer, part, samplers, labeller, training=part is train)
                  for part in (train, held_out)]
     data.require(sequences, config.batch_size, config,
                  wanted="comparisons (.jsonl with prompt + chosen + rejected) or pairs to sample from")

@@ -39,6 +39,7 @@ QUALITY = ("gold", "gold_greedy", "win_sft", "about", "about_greedy", "f1_greedy
 ACCURACY = ("accuracy", "accuracy_sample_sample", "accuracy_human_sample")
 COLUMNS = {                             # of the tables; of measurements that are not named here: all figures
     "rl_against_sft": QUALITY, "relevance": QUALITY,
+    "second_round": ("accuracy_on_sft", "accuracy_on_ppo", *QUALITY),
     "reward_model_accuracy": (*ACCURACY, "gold", "gold_greedy", "about_greedy", "kl"),
     "reward_model_data": ACCURACY, "reward_model_boundary": ACCURACY,
     "pretraining_settings": ("bits_per_byte",), "width_transfer": ("bits_per_byte",),
@@ -66,7 +67,8 @@ def measured(config: Config, name: str, seed: int) -> list[dict]:
     measurement = next(m for m in MEASUREMENTS if m.__name__ == name)
     rows = measurement(Flow(config, seed))
     return [{"claim": name, "seed": seed,
-             **{key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}}
+             **{name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x
+                for name, x in row.items()}}
             for row in rows]
 
 

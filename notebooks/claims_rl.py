@@ -34,7 +34,8 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     rows = rows_of(study, rivals, {"sft": study.reference} | models)
     cooled = {t: evaluate.answers_of(study, study.reference, t) for t in (0.2, 0.35, 0.5, 0.7)}
     temperature = max(cooled, key=lambda t: evaluate.golds_of(study, cooled[t]).mean())
-    rows["sft_cool"] = evaluate.row_of(study, cooled[temperature], None, study.reference, rivals, temperature)
+    cool = evaluate.row_of(study, cooled[temperature], None, study.reference, rivals, temperature)
+    rows["sft_cool"] = cool | evaluate.loss_of(study, study.reference)
     for name, answers in (("best_of_n", evaluate.best_of_n(study)), ("human", study.human)):
         rows[name] = evaluate.row_of(study, answers, None, None, rivals)
     rows["sft_cool"]["temperature"] = temperature
@@ -68,6 +69,22 @@ def relevance(flow: Flow) -> list[dict]:
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
     return [{"row": name, **row} for name, row in rows.items()]
+
+
+def second_round(flow: Flow) -> list[dict]:
+    """A better reward model, of the tuned policy's answers too or of two epochs, wins back what PPO costs."""
+    study, sft, first = flow.study(), flow.sft(), flow.ppo()
+    rms = {"first": flow.rm(), "longer": flow.rm("rm_two_epochs", **flow.steps(train_rm, 2)),
+           "second": flow.rm("rm_second_round", sampler=f"{sft},{first}", answers=9)}
+    runs = {"ppo": ("first", first),
+            "reward model of two epochs": ("longer", flow.ppo("ppo_two_epochs", reward=rms["longer"])),
+            "second round, from SFT": ("second", flow.ppo("ppo_again", reward=rms["second"])),
+            "second round, from PPO": ("second", flow.ppo("ppo_on", init=first, reward=rms["second"]))}
+    models = {name: checkpoint.load_model(folder) for name, (_, folder) in runs.items()}
+    rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
+    on = {rm: {f"accuracy_on_{sampler}": accuracy(rms[rm], sampler=folder, answers=5)["accuracy"]
+               for sampler, folder in (("sft", sft), ("ppo", first))} for rm in rms}
+    return [{"row": name, **row, **on.get(runs.get(name, ("",))[0], {})} for name, row in rows.items()]
 
 
 def diversity(flow: Flow) -> list[dict]:
@@ -297,5 +314,5 @@ def hackable(flow: Flow) -> list[dict]:
             for name, line in (("before", lines[0]), ("after", lines[-1]))]
 
 
-MEASUREMENTS = (rl_against_sft, relevance, diversity, ptx, over_optimisation, reward_model_accuracy,
-                reward_model_data, reward_model_boundary, stability, hackable)
+MEASUREMENTS = (rl_against_sft, relevance, second_round, diversity, ptx, over_optimisation,
+                reward_model_accuracy, reward_model_data, reward_model_boundary, stability, hackable)

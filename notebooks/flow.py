@@ -55,12 +55,12 @@ class Flow:
         return self.train(train_sft, name, **dict(init=self.pretrain()) | settings)
 
     def rm(self, name: str = "rm", **settings) -> str:
-        return self.train(train_rm, name, init=self.sft(), **settings)
+        return self.train(train_rm, name, **dict(init=self.sft()) | settings)
 
     def ppo(self, name: str = "ppo", **settings) -> str:
         if "reward" not in settings:
             settings["reward"] = self.rm()
-        return self.train(train_ppo, name, init=self.sft(), **settings)
+        return self.train(train_ppo, name, **dict(init=self.sft()) | settings)
 
     def steps(self, stage, share: float) -> dict[str, int]:
         """This share of the stage's steps, a sixth of them as warm-up."""
@@ -104,10 +104,10 @@ def rivals_of(study: evaluate.Study) -> dict[str, np.ndarray]:
 
 
 def rows_of(study: evaluate.Study, rivals: dict, models: dict[str, torch.nn.Module]) -> dict[str, dict]:
-    """Name -> the report's figures of its answers at temperature 1 and greedy."""
+    """Name -> the report's figures of its answers at temperature 1 and greedy, and of the human ones."""
     return {name: evaluate.row_of(study, evaluate.answers_of(study, model, 1.0),
                                   evaluate.answers_of(study, model, 0.0), model, rivals)
-            for name, model in models.items()}
+            | evaluate.loss_of(study, model) for name, model in models.items()}
 
 
 def read_record(path: str | Path) -> list[dict]:

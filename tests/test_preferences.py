@@ -75,18 +75,31 @@ def test_answers_to_other_prompts_are_ranked_too(tokenizer, monkeypatch):
                for k, noun in enumerate(("mask", "token", "row", "page"))]
     config, run = train_rm.Config(answers=3, mismatched=2, max_new=16), common.Run(None, torch.device("cpu"), torch.float32)
     judge = SimpleNamespace(rank=lambda prompt, answers: [float(len(answer)) for answer in answers])
-    found = labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=True)
+    found = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=True)
     human = [example.targets[0] for example in found]
     for i, example in enumerate(found):
         texts = [tokenizer.decode(answer) for answer in example.targets]
         assert texts[1:3] == [f"sample {2 * i}", f"sample {2 * i + 1}"]
         assert example.targets[3:] == [human[(i + 1) % 4][:16], human[(i + 2) % 4][:16]]
         assert example.ranking == tuple(map(float, map(len, texts)))
-    held_out = labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=False)
+    held_out = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=False)
     assert all(len(example.targets) == 3 for example in held_out)
     with pytest.raises(UserError, match="mismatched is -1"):
         config.mismatched = -1
-        labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=True)
+        labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=True)
+
+
+def test_samplers_share_the_samples(tokenizer, monkeypatch):
+    """answers=4 leaves three samples to a prompt: two of the first sampler and one of the second, each an answer
+    to its own prompt. More samplers than samples are refused.
+    """
+    monkeypatch.setattr(labeller, "generate_many",
+                        lambda run, model, prompts, *_: [(model, prompt) for prompt in prompts])
+    config = train_rm.Config(answers=4)
+    samples = labeller.samples_of(config, None, tokenizer, [[1], [2]], ["sft", "ppo"])
+    assert samples == [[("sft", [k]), ("sft", [k]), ("ppo", [k])] for k in (1, 2)]
+    with pytest.raises(UserError, match="sampler names 4 runs, and answers 4 leaves room for 3"):
+        labeller.samples_of(config, None, tokenizer, [[1]], ["a", "b", "c", "d"])
 
 
 def test_an_answer_is_not_compared_with_itself(tokenizer, capsys):
@@ -94,7 +107,7 @@ def test_an_answer_is_not_compared_with_itself(tokenizer, capsys):
     records = [corpus.Record(f"f{k}", prompt="Is it?", chosen="Yes.", rejected=rejected)
                for k, rejected in enumerate(("Yes.", "No.", "No!"))]
     run = common.Run(None, torch.device("cpu"), torch.float32)
-    found = labeller.collect_rankings(train_rm.Config(), run, tokenizer, records, None, None, training=True)
+    found = labeller.collect_rankings(train_rm.Config(), run, tokenizer, records, [None], None, training=True)
     assert len(found) == 2 and "1 comparisons of an answer with itself are left out" in capsys.readouterr().out
     assert not labeller.can_judge(records) and labeller.can_judge([corpus.Record("f", prompt="def f():\n")])
 
@@ -108,7 +121,7 @@ def test_only_the_prompt_needs_room_for_samples(tokenizer, monkeypatch, capsys):
     config.context = tokenizer.around + 1 + len(tokenizer.encode("def f():\n" + long))
     config.max_new = config.context - tokenizer.around - len(tokenizer.encode("def f():\n"))
     judge = SimpleNamespace(rank=lambda prompt, answers: [1.0] * len(answers))
-    (kept,) = labeller.collect_rankings(config, run, tokenizer, records, None, judge, training=False)
+    (kept,) = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=False)
     assert tokenizer.decode(kept.targets[0]) == long and "1 of 2 prompts have more than" in capsys.readouterr().out
 
 

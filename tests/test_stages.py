@@ -34,6 +34,11 @@ import train_sft
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import claims                                   # noqa: E402  (the line above makes these importable)
+from flow import Flow                           # noqa: E402
+
 STRUCTURES = ("causal", "prefix", "encdec")
 SMALL = dict(device="cpu", dtype="fp32", save_every=2, eval_every=2, keep=9)
 
@@ -367,6 +372,25 @@ def test_the_report_covers_all_rows(flow, package):
 
 
 @one_structure
+@pytest.mark.parametrize("claim", ["rl_against_sft", "relevance", "second_round", "diversity", "ptx", "over_optimisation",
+                                   "reward_model_accuracy", "reward_model_data", "stability", "hackable"])
+def test_a_measurement_gives_the_rows_of_its_table(flow, claim, package, monkeypatch):
+    """notebooks/claims.py on small runs, one of each stage in the place of all that it would train."""
+    monkeypatch.setattr(Flow, "folder", flow[0])
+    monkeypatch.setattr(Flow, "train", lambda self, stage, *name, **settings:
+                        str(flow[0] / stage.__name__.removeprefix("train_")))
+    config = claims.Config(data=str(package), prompts=6, best_of=2, tiny=True)
+    monkeypatch.setattr(evaluate.Config, "TINY", {})
+    rows = json.loads(json.dumps(claims.measured(config, claim, seed=1)))
+    assert rows and all((row["claim"], row["seed"]) == (claim, 1) for row in rows)
+    assert set(claims.COLUMNS.get(claim, ())) <= {name for row in rows for name in row} | {"warned_at"}
+    if claim == "rl_against_sft":
+        without = {row["row"]: set(claims.QUALITY) - set(row) for row in rows}
+        assert {row: names for row, names in without.items() if names} == {"best_of_n": {"loss"},
+                                                                           "human": {"kl", "loss"}}
+
+
+@one_structure
 def test_several_answers_to_a_prompt_are_averaged(flow, package):
     """As if each were a report of its own; the interval is over prompts, whose means vary less than answers."""
     study, models = evaluate.load_study(evaluate.Config(runs=str(flow[0]), data=str(package), prompts=8, max_new=8,
@@ -436,6 +460,30 @@ def test_a_run_does_not_go_on_from_another_start(flow, no_curves, tmp_path):
     (rm / "config.json").write_text(json.dumps(settings | {"seed": 9}))
     with pytest.raises(UserError, match="rm at step 4 of run .* -> step 4 of run "):
         train_ppo.main(dataclasses.replace(config, steps=2))
+
+
+@one_structure
+def test_a_second_round_ranks_what_the_tuned_policy_writes(flow, no_curves, tmp_path, monkeypatch):
+    """--sampler: the samples are of the runs it names, the weights still of --init; which runs is remembered."""
+    runs, stages, _ = flow
+    config = dataclasses.replace(stages[2][1], sampler=f"{runs}/sft,{runs}/ppo", out=str(tmp_path / "rm"))
+    asked = []
+    monkeypatch.setattr(labeller, "generate_many", lambda run, model, *rest: asked.append(model)
+                        or generate.generate_many(run, model, *rest))
+    train_rm.main(config)
+    for model, name in zip(asked, ("sft", "ppo", "sft", "ppo"), strict=True):       # training, then held out
+        of_run = checkpoint.load_model(str(runs / name))
+        assert all(torch.equal(x, y) for x, y in zip(model.parameters(), of_run.parameters()))
+    started = json.loads((tmp_path / "rm" / "config.json").read_text())["started_from"]
+    assert set(started) == {f"{runs}/sft", f"{runs}/ppo"}
+    with pytest.raises(UserError, match="is a reward model: it scores answers and writes none"):
+        train_rm.main(dataclasses.replace(config, sampler=str(runs / "rm"), out=str(tmp_path / "none")))
+    other = shutil.copytree(runs / "ppo", tmp_path / "other")
+    (other / "tokenizer.tiktoken").write_text("".join((runs / "ppo" / "tokenizer.tiktoken").read_text()
+                                                      .splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="other was trained on other tokens than"):
+        train_rm.main(dataclasses.replace(config, sampler=str(other), out=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
 
 
 @one_structure
