@@ -286,7 +286,7 @@ class Config:
     prompts: str = ""                   # a file with one prompt a line, or a .jsonl as the stages read it
     samples: int = 1                    # answers to every prompt
     max_new: int = 64                   # tokens of an answer at most
-    temperature: float = 1.0            # 0 takes the most likely token
+    temperature: float = 0.5            # 0 takes the likeliest token, 1 draws as the model believes
     top_k: int = 0                      # draw from the k most likely tokens, 0: from all
     top_p: float = 1.0                  # draw from the likeliest tokens that together reach this
     beams: int = 0                      # hypotheses of a beam search, which draws nothing; 0: draw
