@@ -79,10 +79,18 @@ def second_round(flow: Flow) -> list[dict]:
             "second round, from SFT": ("second", flow.ppo("ppo_again", reward=rms["second"])),
             "second round, from PPO": ("second", flow.ppo("ppo_on", init=first, reward=rms["second"]))}
     models = {name: checkpoint.load_model(folder) for name, (_, folder) in runs.items()}
-    rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
-    on = {rm: {f"accuracy_on_{sampler}": accuracy(rms[rm], sampler=folder, answers=5)["accuracy"]
-               for sampler, folder in (("sft", sft), ("ppo", first))} for rm in rms}
-    return [{"row": name, **row, **on.get(runs.get(name, ("",))[0], {})} for name, row in rows.items()]
+    rivals = rivals_of(study)
+    rows = rows_of(study, rivals, {"sft": study.reference} | models)
+    for rm, folder in rms.items():
+        judge = dataclasses.replace(study, reward=checkpoint.load_model(folder))
+        rows[f"best of {flow.config.best_of} by the {rm} reward model"] = {
+            **evaluate.row_of(judge, evaluate.best_of_n(judge), None, None, rivals),
+            "kl": evaluate.kl_of_best(flow.config.best_of)}
+    accuracies = {rm: {f"accuracy_on_{sampler}": accuracy(rms[rm], sampler=folder, answers=5)["accuracy"]
+                       for sampler, folder in (("sft", sft), ("ppo", first))} for rm in rms}
+    for name, (rm, _) in runs.items():
+        rows[name] |= accuracies[rm]
+    return [{"row": name, **row} for name, row in rows.items()]
 
 
 def diversity(flow: Flow) -> list[dict]:
