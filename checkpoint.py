@@ -119,10 +119,17 @@ def load_samplers(config, run: Run, tokenizer: Tokenizer) -> list[LanguageModel]
     """The models whose samples are to be ranked: those of config.sampler, or the one the run starts from."""
     models = []
     for folder in [name for name in config.sampler.split(",") if name] or [config.init]:
-        if folder != config.init and load_tokenizer(folder, "ppo", config.tiny).ranks != tokenizer.ranks:
+        if (folder != config.init
+                and load_tokenizer(folder, stage_of(folder, "ppo"), config.tiny).ranks != tokenizer.ranks):
             raise UserError(f"{folder} was trained on other tokens than {config.init}")
         models.append(load_language_model(folder, config.context).to(run.device))
     return models
+
+
+def stage_of(folder: str, otherwise: str) -> str:
+    """The stage of models that write which the folder is named after, as the default ones are."""
+    name = Path(folder).name
+    return name if name in ("pretrain", "sft", "dpo", "ppo") else otherwise
 
 
 def command_for(stage: str, folder: str, tiny: bool = False) -> str:

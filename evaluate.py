@@ -229,12 +229,12 @@ def distance_of(study: Study, model, answers: list, temperature: float) -> dict[
     logprobs = logprobs_of(many, model, answers, temperature=temperature, entropies=entropies)
     itself = model is study.reference and temperature == 1
     of_sft = logprobs if itself else logprobs_of(many, study.reference, answers)
-    return {"entropy": float(torch.cat(entropies).mean()), "kl": (logprobs - of_sft).mean()}
+    return {"entropy": float(torch.cat(entropies).mean()), "kl": float((logprobs - of_sft).mean())}
 
 
 def loss_of(study: Study, model) -> dict[str, float]:
     """Of the human answers: what a stage has learnt or forgotten."""
-    nats = -logprobs_of(study, model, study.human, sampled=False).sum()
+    nats = -float(logprobs_of(study, model, study.human, sampled=False).sum())
     n_bytes = sum(len(study.tokenizer.decode(answer).encode()) for answer in study.human)
     return {"loss": nats / sum(map(len, study.human)), "answer_bits_per_byte": nats / math.log(2) / n_bytes}
 
@@ -259,8 +259,8 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
     row["length"] = np.mean([len(answer) for answer in answers])
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
     if model is not None:
-        row |= distance_of(study, model, answers, temperature)
-    return row
+        row |= distance_of(study, model, answers, temperature) | loss_of(study, model)
+    return {name: float(value) for name, value in row.items()}
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -299,8 +299,8 @@ def build_report(config: Config) -> tuple[dict, str]:
     for name in tqdm(rows, "measuring them", leave=False, disable=None):
         row = row_of(study, written[name], greedy.get(name), authors.get(name) if name != "base" else None,
                      rivals, config.cool if name == "sft_cool" else 1.0)
-        row |= loss_of(study, authors[name]) if name in authors else {}
-        report[name] = {column: round(float(value), 4) for column, value in row.items()}
+        row |= loss_of(study, base) if name == "base" else {}
+        report[name] = {column: round(value, 4) for column, value in row.items()}
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
     folder = Path(config.runs)

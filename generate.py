@@ -18,7 +18,7 @@ import common
 import data
 import hardware
 import masks
-from checkpoint import load_language_model, load_tokenizer
+from checkpoint import load_language_model, load_tokenizer, stage_of
 from corpus import function_name, function_prompt, load_records
 from errors import UserError, at_least, check_seed, read_json
 from model import KVCache, LanguageModel
@@ -294,9 +294,6 @@ class Config:
     device: str = "auto"                # auto, cpu, cuda, mps
 
 
-STAGES = ("pretrain", "sft", "dpo", "ppo")            # run folders of models that write
-
-
 def as_trained(prompt: str) -> str:
     """A bare function signature gets its line of words; any other prompt stays as it is."""
     return function_prompt(prompt) if function_name(prompt) and "\n" not in prompt.strip() else prompt
@@ -321,8 +318,7 @@ def main(config: Config) -> list[str]:
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
     device = hardware.choose_device(config.device)
-    stage = Path(config.run).name if Path(config.run).name in STAGES else "pretrain"
-    tokenizer = load_tokenizer(config.run, stage)
+    tokenizer = load_tokenizer(config.run, stage_of(config.run, "pretrain"))
     model = load_language_model(config.run).to(device)
     generator, trained = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
 

@@ -67,8 +67,7 @@ def measured(config: Config, name: str, seed: int) -> list[dict]:
     measurement = next(m for m in MEASUREMENTS if m.__name__ == name)
     rows = measurement(Flow(config, seed))
     return [{"claim": name, "seed": seed,
-             **{name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x
-                for name, x in row.items()}}
+             **{key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}}
             for row in rows]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flow import Flow, data_of, metrics_of, rivals_of, rows_of, write_pairs
+from flow import Flow, data_of, metrics_of, rivals_of, row_of_best, rows_of, write_pairs
 
 import checkpoint
 import corpus
@@ -34,12 +34,10 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     rows = rows_of(study, rivals, {"sft": study.reference} | models)
     cooled = {t: evaluate.answers_of(study, study.reference, t) for t in (0.2, 0.35, 0.5, 0.7)}
     temperature = max(cooled, key=lambda t: evaluate.golds_of(study, cooled[t]).mean())
-    cool = evaluate.row_of(study, cooled[temperature], None, study.reference, rivals, temperature)
-    rows["sft_cool"] = cool | evaluate.loss_of(study, study.reference)
-    for name, answers in (("best_of_n", evaluate.best_of_n(study)), ("human", study.human)):
-        rows[name] = evaluate.row_of(study, answers, None, None, rivals)
+    rows["sft_cool"] = evaluate.row_of(study, cooled[temperature], None, study.reference, rivals, temperature)
     rows["sft_cool"]["temperature"] = temperature
-    rows["best_of_n"]["kl"] = evaluate.kl_of_best(study.config.best_of)
+    rows["best_of_n"] = row_of_best(study, rivals)
+    rows["human"] = evaluate.row_of(study, study.human, None, None, rivals)
     return [{"row": name, **row} for name, row in rows.items()]
 
 
@@ -82,10 +80,8 @@ def second_round(flow: Flow) -> list[dict]:
     rivals = rivals_of(study)
     rows = rows_of(study, rivals, {"sft": study.reference} | models)
     for rm, folder in rms.items():
-        judge = dataclasses.replace(study, reward=checkpoint.load_model(folder))
-        rows[f"best of {flow.config.best_of} by the {rm} reward model"] = {
-            **evaluate.row_of(judge, evaluate.best_of_n(judge), None, None, rivals),
-            "kl": evaluate.kl_of_best(flow.config.best_of)}
+        rows[f"best of {flow.config.best_of} by the {rm} reward model"] = row_of_best(
+            dataclasses.replace(study, reward=checkpoint.load_model(folder)), rivals)
     accuracies = {rm: {f"accuracy_on_{sampler}": accuracy(rms[rm], sampler=folder, answers=5)["accuracy"]
                        for sampler, folder in (("sft", sft), ("ppo", first))} for rm in rms}
     for name, (rm, _) in runs.items():
@@ -108,7 +104,7 @@ def diversity(flow: Flow) -> list[dict]:
         groups = [[study.tokenizer.decode(a) for a in many[i:i + 8]] for i in range(0, len(many), 8)]
         alike = [evaluate.overlap_f1(a, b) for group in groups for i, a in enumerate(group)
                  for b in group[:i]]
-        entropy = float(evaluate.distance_of(study, model, answers, 1.0)["entropy"])
+        entropy = evaluate.distance_of(study, model, answers, 1.0)["entropy"]
         rows.append({"row": name, "entropy": entropy, "distinct_1": evaluate.distinct(lines, 1),
                      "distinct_2": evaluate.distinct(lines, 2), "self_similarity": float(np.mean(alike))})
     return rows
@@ -122,7 +118,7 @@ def ptx(flow: Flow) -> list[dict]:
     rows = []
     for name, folder in folders.items():
         model = checkpoint.load_model(folder)
-        rows.append({"row": name, "loss": float(evaluate.loss_of(study, model)["loss"]),
+        rows.append({"row": name, "loss": evaluate.loss_of(study, model)["loss"],
                      "bits_per_byte": train_pretrain.evaluate(config, run, loaded, model)["bits_per_byte"]})
     return rows
 
@@ -158,7 +154,7 @@ def judged(study: evaluate.Study, policy, n: int = 4) -> dict[str, float]:
     """The reward model's score, the labeller's, and the KL to SFT, over n answers to each prompt."""
     study = evaluate.repeated(study, n)
     answers = evaluate.answers_of(study, policy, 1.0)
-    return {"kl": float(evaluate.distance_of(study, policy, answers, 1.0)["kl"]),
+    return {"kl": evaluate.distance_of(study, policy, answers, 1.0)["kl"],
             "reward": float(evaluate.rewards_of(study, answers).mean()),
             "gold": float(evaluate.golds_of(study, answers).mean())}
 
@@ -271,7 +267,7 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
            "human against sample alone": flow.rm("rm_human_sample", **quarter, answers=2, mismatched=0)}
     rows += [{"row": f"{name}, tested on all kinds", **accuracy(rm, answers=5)} for name, rm in rms.items()]
     rows.append({"row": "all, tested on SFT's samples", **accuracy(flow.rm())})
-    rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), init=flow.ppo())})
+    rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), sampler=flow.ppo())})
     return rows
 
 

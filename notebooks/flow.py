@@ -55,7 +55,7 @@ class Flow:
         return self.train(train_sft, name, **dict(init=self.pretrain()) | settings)
 
     def rm(self, name: str = "rm", **settings) -> str:
-        return self.train(train_rm, name, **dict(init=self.sft()) | settings)
+        return self.train(train_rm, name, init=self.sft(), **settings)
 
     def ppo(self, name: str = "ppo", **settings) -> str:
         if "reward" not in settings:
@@ -104,10 +104,16 @@ def rivals_of(study: evaluate.Study) -> dict[str, np.ndarray]:
 
 
 def rows_of(study: evaluate.Study, rivals: dict, models: dict[str, torch.nn.Module]) -> dict[str, dict]:
-    """Name -> the report's figures of its answers at temperature 1 and greedy, and of the human ones."""
+    """Name -> the report's figures of its answers at temperature 1 and greedy."""
     return {name: evaluate.row_of(study, evaluate.answers_of(study, model, 1.0),
                                   evaluate.answers_of(study, model, 0.0), model, rivals)
-            | evaluate.loss_of(study, model) for name, model in models.items()}
+            for name, model in models.items()}
+
+
+def row_of_best(study: evaluate.Study, rivals: dict) -> dict[str, float]:
+    """The same figures of the best of n SFT answers by study.reward."""
+    row = evaluate.row_of(study, evaluate.best_of_n(study), None, None, rivals)
+    return row | {"kl": evaluate.kl_of_best(study.config.best_of)}
 
 
 def read_record(path: str | Path) -> list[dict]:

@@ -8,7 +8,8 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"             # said, not measured anew by every run of a stage
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import common                                   # noqa: E402  (the line above makes these importable)
 import data                                     # noqa: E402

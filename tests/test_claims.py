@@ -1,16 +1,13 @@
 """notebooks/claims.py: its arithmetic, and that the committed record is what it would write."""
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
-
-import claims                                   # noqa: E402
-from errors import UserError                    # noqa: E402
+import claims
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD, README = ROOT / "records" / "claims.jsonl", (ROOT / "README.md").read_text(encoding="utf-8")

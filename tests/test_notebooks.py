@@ -3,16 +3,13 @@ import ast
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
-
-import claims                                   # noqa: E402  (the line above makes it importable)
+import claims
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

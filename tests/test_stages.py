@@ -15,6 +15,7 @@ import torch
 
 import bench
 import checkpoint
+import claims
 import command_line
 import common
 import compare
@@ -32,13 +33,9 @@ import train_pretrain
 import train_rm
 import train_sft
 from errors import UserError
+from flow import Flow
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-
-import claims                                   # noqa: E402  (the line above makes these importable)
-from flow import Flow                           # noqa: E402
-
 STRUCTURES = ("causal", "prefix", "encdec")
 SMALL = dict(device="cpu", dtype="fp32", save_every=2, eval_every=2, keep=9)
 
