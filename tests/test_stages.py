@@ -643,8 +643,8 @@ def greedy(model, prompts, tokenizer, max_new, *arguments, **options):
 
 DRIVER = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import common, test_stages, train_ppo
+sys.path.insert(0, {tests!r})
+import conftest, common, test_stages, train_ppo   # conftest first: it says where the rest lies
 from pathlib import Path
 common.CACHE = Path({cache!r})
 train_ppo.generate = test_stages.greedy
@@ -664,10 +664,10 @@ def test_two_ranks_equal_one(flow, package, no_curves, tmp_path, monkeypatch):
     main, config = stages[3]
     main(type(config)(**{**vars(config), "out": str(tmp_path / "one" / "ppo")}))
     (tmp_path / "driver.py").write_text(DRIVER.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path / "cache"), package=str(package),
+        tests=str(ROOT / "tests"), cache=str(tmp_path / "cache"), package=str(package),
         runs=str(tmp_path / "two")))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    str(tmp_path / "driver.py")], check=True, capture_output=True, timeout=240,
+                    str(tmp_path / "driver.py")], check=True, timeout=240,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     for stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
         alone = tmp_path / "one" if stage == "ppo" else runs
