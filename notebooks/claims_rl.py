@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flow import Flow, data_of, metrics_of, rivals_of, row_of_best, rows_of, write_pairs
+from claims_text import judge_of
+from flow import Flow, data_of, metrics_of, rivals_of, row_of_best, rows_of, write_pairs, write_records
 
 import checkpoint
 import corpus
@@ -26,8 +27,7 @@ def rl_against_sft(flow: Flow) -> list[dict]:
     study = flow.study()
     best = flow.sft("sft_on_best", init=flow.sft(), data=best_answers(flow, study),
                     **flow.steps(train_sft, 0.25), lr=1e-3)
-    dpo = flow.train(train_dpo, "dpo", init=flow.sft(), **flow.part(train_dpo, 0.5))
-    folders = {"sft_on_best": best, "dpo": dpo, "ppo": flow.ppo(),
+    folders = {"sft_on_best": best, "dpo": dpo_of(flow), "ppo": flow.ppo(),
                "ppo_no_ptx": flow.ppo("ppo_no_ptx", ptx=0.0)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rivals = rivals_of(study)
@@ -61,12 +61,20 @@ def relevance(flow: Flow) -> list[dict]:
     """What PPO costs in relevance (the share of the identifier's words), and what wins it back."""
     study = flow.study()
     plain = flow.rm("rm_not_mismatched", mismatched=0)
+    longer, dpo = flow.rm("rm_two_epochs", steps=flow.steps(train_rm, 2)["steps"]), dpo_of(flow)
     folders = {"ppo": flow.ppo(), "ptx 0": flow.ppo("ppo_no_ptx", ptx=0.0),
                "ptx 1": flow.ppo("ppo_ptx_1", ptx=1.0), "beta 0.1": flow.ppo("ppo_beta_0.1", beta=0.1),
-               "reward model without mismatched answers": flow.ppo("ppo_not_mismatched", reward=plain)}
+               "reward model without mismatched answers": flow.ppo("ppo_not_mismatched", reward=plain),
+               "reward model of two epochs": flow.ppo("ppo_two_epochs", reward=longer),
+               "DPO": dpo, "PPO that starts from DPO": flow.ppo("ppo_from_dpo", init=dpo)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
     return [{"row": name, **row} for name, row in rows.items()]
+
+
+def dpo_of(flow: Flow) -> str:
+    """DPO on half of the comparisons."""
+    return flow.train(train_dpo, "dpo", init=flow.sft(), **flow.part(train_dpo, 0.5))
 
 
 def second_round(flow: Flow) -> list[dict]:
@@ -268,7 +276,19 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
     rows += [{"row": f"{name}, tested on all kinds", **accuracy(rm, answers=5)} for name, rm in rms.items()]
     rows.append({"row": "all, tested on SFT's samples", **accuracy(flow.rm())})
     rows.append({"row": "all, tested on PPO's samples", **accuracy(flow.rm(), sampler=flow.ppo())})
-    return rows
+    swapped = accuracy(flow.rm(), data=human_lines_swapped(flow, pairs))["accuracy"]
+    return rows + [{"row": "all, tested on human lines of other functions", "accuracy": swapped}]
+
+
+def human_lines_swapped(flow: Flow, pairs: list[corpus.Record]) -> str:
+    """A .jsonl of comparisons: the human line about a function and one about another, where the labeller
+    prefers the first.
+    """
+    judge, others = judge_of(flow), np.random.default_rng(flow.seed).permutation(len(pairs))
+    compared = [(r.prompt, r.response, pairs[i].response) for r, i in zip(pairs, others)]
+    return write_records(flow.folder / "human_lines_swapped.jsonl", [
+        {"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in compared
+        if judge.prefers(judge.gold(prompt, right), judge.gold(prompt, wrong))])
 
 
 def accuracy(rm: str, **settings) -> dict[str, float]:

@@ -90,11 +90,15 @@ def data_of(stage, folder: str, **settings) -> tuple:
         return config, run, stage.load_data(config, run)
 
 
+def write_records(path: Path, records: Iterable[dict]) -> str:
+    """A .jsonl of them. Returns its name, for --data."""
+    common.write_atomically(path, "\n".join(map(json.dumps, records)).encode())
+    return str(path)
+
+
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> str:
     """(prompt, response) as lines of a .jsonl. Returns its name, for --data."""
-    lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-    common.write_atomically(path, "\n".join(lines).encode())
-    return str(path)
+    return write_records(path, [{"prompt": prompt, "response": response} for prompt, response in pairs])
 
 
 def rivals_of(study: evaluate.Study) -> dict[str, np.ndarray]:
