@@ -109,6 +109,9 @@ def main(config: Config) -> dict:
         model_file.preset(config.preset) if config.preset else
         model_file.ModelConfig(config.structure, tokenizer.vocab, config.layers, config.heads,
                                config.kv_heads, config.width)).to(device)
+    if config.what == "train" and 0 < model.config.max_positions < config.context:
+        raise UserError(f"{config.preset} has {model.config.max_positions} positions; context is "
+                        f"{config.context}")
     step = (train_step if config.what == "train" else generation)(config, model, run, tokenizer)
     for _ in range(3):
         step()

@@ -76,8 +76,8 @@ def latest(folder: Path, step: int | None = None) -> dict | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            print(f"{path} cannot be read ({str(error).splitlines()[0]})"
-                  + "; trying the one before it" * (step != steps[0]))
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"{path} cannot be read ({reason})" + "; trying the one before it" * (step != steps[0]))
     return None
 
 
@@ -93,17 +93,17 @@ def load_model(folder: str, context: int = 0, structure: str = "",
     saved = state["model_config"]["structure"]
     if structure not in ("", saved) and "encdec" in (structure, saved):
         raise UserError(f"{folder} is {saved}, which cannot become {structure}: these are different networks")
-    with torch.device("meta"):                 # no memory, no random draws: every tensor comes from the file
-        model = build(ModelConfig(**state["model_config"] | dict(structure=structure or saved)))
-        if "head.weight" in state["model"]:
-            model = ScalarModel(model)
+    try:
+        with torch.device("meta"):             # no memory, no random draws: every tensor comes from the file
+            model = build(ModelConfig(**state["model_config"] | dict(structure=structure or saved)))
+            if "head.weight" in state["model"]:
+                model = ScalarModel(model)
+        model.load_state_dict(state["model"], assign=True)
+    except (RuntimeError, TypeError):
+        raise UserError(f"{folder} was written by another version of this program; train it anew") from None
     if model.config.positions == "learned" and context > model.config.max_positions:
         raise UserError(f"{folder} has learned {model.config.max_positions} positions; context {context} is "
                         "longer")
-    try:
-        model.load_state_dict(state["model"], assign=True)
-    except RuntimeError:
-        raise UserError(f"{folder} was written by another version of this program; train it anew") from None
     return model.float()                       # published weights are kept in the format they came in
 
 
@@ -174,6 +174,8 @@ def open_folder(folder: Path, config) -> dict | None:
     if state is None:
         if config.resume == "must":
             raise UserError(f"{folder} holds no checkpoint to resume from")
+        if steps_of(folder) and not config.overwrite:
+            raise UserError(f"{folder} holds checkpoints, none of which can be read; --overwrite begins anew")
         return None
     if config.resume == "never":
         raise UserError(f"{folder} holds a run already; choose another --out, or --overwrite it")
@@ -197,7 +199,7 @@ def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     if config.overwrite:                        # only now: whatever was wrong with the settings has been said
-        for old in run.folder.glob("checkpoint-*.pt"):
+        for old in (*run.folder.glob("checkpoint-*.pt"), *run.folder.glob("metrics.jsonl")):
             old.unlink()
     content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
                "dtype_used": run.dtype_name(), "torch": torch.__version__,

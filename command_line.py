@@ -27,7 +27,7 @@ METAVAR = {str: "TEXT", int: "N", float: "X"}
 GOES_ON = "the same command, without --overwrite, goes on from the last checkpoint"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
 
@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(config_class, argv: list[str], description: str):
     """--field value for every field; the comment behind a field is its help. Unknown flags are refused."""
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(config_class), re.MULTILINE))
-    parser = _Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False,
+    parser = Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         help_text = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
@@ -56,8 +56,10 @@ def parse(config_class, argv: list[str], description: str):
 
 def run(main, config_class, description: str) -> None:
     """Parse, start other ranks where that pays, run main(config). No traceback for a user's mistake."""
+    goes_on = f"; {GOES_ON}" if hasattr(config_class, "resume") else ""
+
     def stop(signum, frame):
-        raise SystemExit(_say(f"stopped; {GOES_ON}", 128 + signum))
+        raise SystemExit(_say(f"stopped{goes_on}", 128 + signum))
     signal.signal(signal.SIGTERM, stop)
     others: list[subprocess.Popen] = []
     try:
@@ -75,7 +77,7 @@ def run(main, config_class, description: str) -> None:
     except OSError as error:                 # a full disk, a folder that is a file, no permission
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_say(f"interrupted; {GOES_ON}", 128 + signal.SIGINT))
+        sys.exit(_say(f"interrupted{goes_on}", 128 + signal.SIGINT))
     except RuntimeError:
         if not any(other.poll() for other in others):
             raise

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import hardware
 from errors import Fault, UserError, at_least, check_seed
-from hardware import processor_name
 
 
 CACHE = Path("runs/cache")        # scanned corpus, labeller's words, trained tokenizers, by content
@@ -131,8 +130,8 @@ def passed_on(config, flag: str, *kept: str) -> str:
     """What the next command has to be told: by `flag` a run folder other than the usual, the fields `kept`
     where they are not the usual either, and --tiny.
     """
-    flags = {flag: "out", **{f"--{name}": name for name in kept}}
-    told = [f" {flag} {getattr(config, name)}" for flag, name in flags.items()
+    fields = {flag: "out", **{f"--{name}": name for name in kept}}
+    told = [f" {word} {getattr(config, name)}" for word, name in fields.items()
             if getattr(config, name) not in (getattr(type(config), name), config.TINY.get(name))]
     return "".join(told) + " --tiny" * config.tiny
 
@@ -170,8 +169,8 @@ def set_up(config) -> Run:
     threads = hardware.choose_threads(device, world, before.get("threads", 0))
     run.dtype, why = run.agreed(hardware.choose_dtype(config.dtype, device, before.get("dtype_used", "")))
     torch.manual_seed(config.seed)                  # after the timing above, which draws numbers of its own
-    run.print(f"{processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} thread(s), "
-              f"{why}")
+    run.print(f"{hardware.processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} "
+              f"thread(s), {why}")
     return run
 
 

@@ -64,7 +64,7 @@ def measure(config: Config, structure: str, objective: str, seed: int) -> dict:
     """Pretrain, fine-tune, and score the answers."""
     folder = Path(config.out) / f"{structure}-{objective}-{seed}"
     shared = dict(data=config.data, seed=seed, eval_every=0, save_every=0, dtype="fp32", device=config.device,
-                  resume="auto", tiny=config.tiny)
+                  tiny=config.tiny)
     pretrain = train_pretrain.Config(**shared, out=str(folder / "pretrain"), structure=structure,
                                      objective=objective, steps=config.steps, layers=config.layers,
                                      width=config.width)

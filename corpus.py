@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import common
 import hardware
-from common import write_atomically
 from errors import UserError
 
 # ---- the default corpus: docstrings of the installation at hand --------------------------------------------
@@ -164,7 +163,7 @@ def scan(files: list[tuple[str, str]]) -> list[Record]:
     with common.rank_zero_first():
         if not cached.exists():
             lines = [json.dumps(row) + "\n" for row in without_doubles(scan_all(files))]
-            write_atomically(cached, "".join(lines).encode())
+            common.write_atomically(cached, "".join(lines).encode())
         return [Record(**json.loads(line)) for line in cached.read_text(encoding="utf-8").splitlines()]
 
 
@@ -379,15 +378,11 @@ def split(records: list[Record], kept: set[str] = frozenset()) -> tuple[list[Rec
 
     Where the rule leaves nothing on one side (a handful of records), the last tenth of the names is held out.
     """
-    held = [record for record in records if record.name in kept or is_held_out(record.name)]
-    train = [record for record in records if not (record.name in kept or is_held_out(record.name))]
-    if held and train:
-        return train, held
     names = list(dict.fromkeys(record.name for record in records))
-    last = set(names[-max(1, len(names) // 10):])
-    if len(names) > 1:
-        return [r for r in records if r.name not in last], [r for r in records if r.name in last]
-    return train, held
+    held = {name for name in names if name in kept or is_held_out(name)}
+    if len(names) > 1 and len(held) in (0, len(names)):
+        held = kept & set(names) | set(names[-max(1, len(names) // 10):])
+    return [r for r in records if r.name not in held], [r for r in records if r.name in held]
 
 
 def names_of(records: list[Record]) -> set[str]:

@@ -233,10 +233,10 @@ def show(example: Example, structure: str, tokenizer: Tokenizer) -> str:
         return show_ranking(example, tokenizer)
     batch, decode = lay_out([example], structure, 1, tokenizer), tokenizer.encoding.decode
     if structure == "encdec":
-        read, between = batch.source[0].tolist(), " => "
+        read, between = batch.source[batch.source_document >= 0].tolist(), " => "
     else:
         opened = [] if example.blanks else tokenizer.frame(structure)[2]
-        read, between = batch.tokens[batch.part == 0].tolist() + opened, ""
+        read, between = batch.tokens[(batch.part == 0) & (batch.document >= 0)].tolist() + opened, ""
     return f"{decode(read)}{between}[[{decode(batch.targets[batch.loss_mask].tolist())}]]"
 
 

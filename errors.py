@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: exit code 2, nothing written."""
+    """A mistake that the user can mend, found before anything is written: exit code 2."""
 
 
 class Fault(Exception):

@@ -28,9 +28,8 @@ import hardware
 import labeller as labeller_file
 import masks
 import objectives
-from common import write_atomically
-from errors import UserError, at_least, check_seed, read_json
-from generate import drawn_from, generate
+from errors import UserError, at_least, check_seed
+from generate import drawn_from, generate, trained_context
 from labeller import Labeller
 from tokenizer import Tokenizer
 
@@ -82,7 +81,7 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     if others := [stage for stage in tokenizers if tokenizers[stage].ranks != tokenizer.ranks]:
         raise UserError(f"{', '.join(others)} in {folder} were trained on other tokens than sft")
     kept = set.union(*(checkpoint.held_out_names(str(folder / stage)) for stage in models))
-    context = read_json(folder / "sft" / "config.json")["context"]
+    context = trained_context(folder / "sft") or math.inf              # an imported model has none
     records = corpus.load_records(config.data, config.tiny)
     train, held_out = corpus.split(records, kept)
     run = common.Run(folder, device, torch.float32)
@@ -417,8 +416,8 @@ def main(config: Config) -> dict:
             f"## Ten of them, with the labeller's score\n\n{shown}\n")
     draw(report, folder / "report.png")
     last = [name for name in ("sft", "dpo", "ppo") if name in report][-1]
-    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(folder / "report.md", text.encode())
+    common.write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    common.write_atomically(folder / "report.md", text.encode())
     print(f"{as_text(report)}\n{FOOTNOTE}\n\n{others}\n\n{shown}\n")
     print(f"written: {folder}/report.md, report.json, report.png. "
           f"Next: {common.first_question(f'{folder}/{last}', config.data)}")

@@ -107,6 +107,7 @@ class Decoding:
         document, positions = self.documents()
         B, T = self.tokens.shape
         part = (self.slots[:T] >= self.first_of_target).long().expand(B, T)
+        # source_document only for form's sake: of an encoder-decoder's masks the cross mask is not used here
         prompt = SimpleNamespace(document=document, part=part, source_document=document)
         allowed = masks.predicates(self.structure, prompt).attention
         return self.logits(self.tokens, positions, masks.dense(allowed, B, T, T, self.tokens.device))

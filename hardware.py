@@ -122,7 +122,7 @@ def choose_threads(device, world: int, before: int = 0) -> int:
     """
     if "OMP_NUM_THREADS" in os.environ and world == 1:
         return torch.get_num_threads()
-    n = max(1, cores() // world)
+    n = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))      # torchrun's, on this machine
     if before:
         n = min(n, before)
     elif device.type == "cpu" and n > 1:

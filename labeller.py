@@ -150,12 +150,6 @@ class Labeller:
     def golds(self, prompts: Iterable[str], lines: Iterable[str]) -> list[float]:
         return [self.gold(prompt, line) for prompt, line in zip(prompts, lines)]
 
-    def rank(self, prompt: str, answers: list[str]) -> list[float]:
-        """What a labeller returns for the answers to a prompt: an order, here as the scores that it
-        follows.
-        """
-        return [self.gold(prompt, answer) for answer in answers]
-
     def prefers(self, gold_a: float, gold_b: float) -> bool:
         """a before b; a gap below TIE is no preference."""
         return gold_a - gold_b >= TIE
@@ -203,9 +197,9 @@ def collect_rankings(config, run, tokenizer, records: list[Record], samplers: li
     samples = samples_of(config, run, tokenizer, [pair.source for pair in pairs], samplers)
     for i, pair in enumerate(pairs):
         others = [pairs[(i + k) % len(pairs)].targets[0][:config.max_new] for k in range(1, mismatched + 1)]
-        prompt, answers = pair.source, pair.targets + samples[i] + others
-        ranking = labeller.rank(tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers])
-        ranked.append(pair._replace(targets=answers, ranking=tuple(ranking), human=True))
+        prompt, answers = tokenizer.decode(pair.source), pair.targets + samples[i] + others
+        ranking = tuple(labeller.gold(prompt, tokenizer.decode(answer)) for answer in answers)
+        ranked.append(pair._replace(targets=answers, ranking=ranking, human=True))
     return with_mistakes(ranked, config.label_noise, config.seed) if training else ranked
 
 
@@ -250,9 +244,8 @@ def agreement(scored: list[tuple[data.Example, list[float]]], sources: Iterable[
 
     accuracy: share of pairs in the ranking's order, ties left out; sample against sample, human against
     sample; and, where the data has several sources (those given and those of the prompts), of each with its
-    number of pairs, which may be none. length_correlation:
-    Pearson's, of the score and the tokens of an answer; reward models are known to like length (Singhal et
-    al. 2023).
+    number of pairs, which may be none. length_correlation: Pearson's, of the score and the tokens of an
+    answer; reward models are known to like length (Singhal et al. 2023).
     """
     examples, scores = [list(column) for column in zip(*scored)]
     scores = [torch.tensor(row[:len(example.targets)]) for example, row in zip(examples, scores)]

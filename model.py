@@ -309,7 +309,8 @@ class Stack(nn.Module):
         if self.embedding_norm:
             x = self.embedding_norm(x)
         if self.relative:
-            (B, T), of_keys = positions.shape, cache.append_positions(positions) if cache else positions
+            B, T = positions.shape
+            of_keys = cache.append_positions(positions) if cache else positions
             bias = self.relative(positions, of_keys)
             mask = with_bias(mask, bias, B, self.config.heads, T, of_keys.shape[1], x.device)
         angles = rotation(positions, self.config)

@@ -307,9 +307,9 @@ def language_model_loss(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor 
     """L = - sum over the N counted tokens of weight_n log p(target_n). A sum: divide it by the step's whole
     weight.
 
-    Counted are, in next-token pretraining, all tokens; in SFT the response and its end token (Ouyang et al.
-    2022, section 3.5). Dividing by anything else, for instance each micro-batch by its own count, would weigh
-    the tokens of short micro-batches more than those of long ones.
+    Counted are, in next-token pretraining, all tokens; in SFT the response and its end token. Dividing by
+    anything else, for instance each micro-batch by its own count, would weigh the tokens of short
+    micro-batches more than those of long ones.
     """
     logprobs_N = token_logprobs(logits_NV, targets_N)
     return -(logprobs_N if weights_N is None else logprobs_N * weights_N).sum()
@@ -415,10 +415,9 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, last_BT: Tensor,
 
 
 def whiten(x: Tensor, mean_and_var: tuple[Tensor, Tensor] | None = None, shift_mean: bool = True) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8); shift_mean=False puts the mean back (for rewards). x: 1-D, counted
-    entries only.
+    """(x - mean) / sqrt(var + 1e-8); shift_mean=False puts the mean back (for rewards).
 
-    mean_and_var: those of all ranks together, where there are several.
+    mean_and_var: those of the entries that count, over all ranks; None: of all of x.
     """
     mean, var = mean_and_var or (x.mean(), x.var(unbiased=False))
     whitened = (x - mean) * torch.rsqrt(var + 1e-8)

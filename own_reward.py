@@ -19,7 +19,7 @@ from torch import Tensor
 
 import common
 import data
-from errors import UserError
+from errors import Fault, UserError
 from tokenizer import Tokenizer
 
 
@@ -77,6 +77,7 @@ class RewardFunction(torch.nn.Module):
     def __init__(self, name: str, tokenizer: Tokenizer, run: common.Run):
         super().__init__()
         self.name, self.function, self.tokenizer, self.run = name, load_function(name), tokenizer, run
+        self.tried = False
 
     def forward(self, batch: data.Batch, masks, where_BT: Tensor) -> Tensor:
         """Scores (N,) of the answers that stand where `where` is True, row by row."""
@@ -87,7 +88,8 @@ class RewardFunction(torch.nn.Module):
             mistake = str(error)
         # each rank scores answers of its own: all stop where one has met a mistake
         if said := next(filter(None, self.run.gather({self.run.rank: mistake}).values()), ""):
-            raise UserError(said)
+            raise (Fault if self.tried else UserError)(said)        # the first time nothing is written yet
+        self.tried = True
         return torch.tensor(scores, device=where_BT.device)
 
     def score(self, prompt: str, response: str) -> float:

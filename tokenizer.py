@@ -5,7 +5,6 @@ Text that looks like a special token is ordinary text: special tokens are put in
 import base64
 import heapq
 import json
-import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import hardware
 from common import write_atomically
 from errors import UserError
 from published_tokenizers import Pieces, Renumbered, content_of, text_of
@@ -181,7 +181,7 @@ class Tokenizer:
         """The tokens of each text. A thread takes 500 texts at a time: one by one, short texts cost more to
         hand out than to encode.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(hardware.cores()) as pool:
             parts = pool.map(lambda i: [self.encode(text) for text in texts[i:i + 500]],
                              range(0, len(texts), 500))
             return [tokens for part in parts for tokens in part]

@@ -160,7 +160,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     """
     scored, nats, counted = [], 0.0, 0
     structure = model.config.structure
-    for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
+    for start in range(0, len(loaded.held_out), 64):
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue
@@ -192,7 +192,7 @@ def evaluate_samples(config: Config, run: common.Run, loaded: Data, model) -> di
     """
     result, decode = {}, loaded.tokenizer.decode
     room = data.room_for_prompt(config, loaded.tokenizer)
-    prompts = [row.source for row in loaded.held_out[:config.eval_size] if len(row.source) <= room]
+    prompts = [row.source for row in loaded.held_out if len(row.source) <= room]
     if not prompts:
         return result
     for name, temperature in (("eval_gold_greedy", 0.0), ("eval_gold", 1.0)):

@@ -45,7 +45,7 @@ class Config:
     beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
     kl_estimator: str = "k1"            # what the reward is charged as a token's KL: k1, k2, k3
-    whiten_rewards: bool = False        # divide the tokens' rewards by their standard deviation
+    whiten_rewards: bool = False        # scale the tokens' rewards about their mean to a deviation of 1
     advantage: str = "gae"              # gae (with a value model); rloo, grpo: answers to a prompt compared
     samples: int = 4                    # answers to each prompt, side by side in its row
     gamma: float = 1.0                  # discount per token
@@ -57,7 +57,7 @@ class Config:
     ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
-    kl_stop: float = 0.0                # the update that finds it moved so far, nats a token, is last; 0: off
+    kl_stop: float = 0.0                # end an iteration after an update that moves so far (nats a token)
     minibatch_size: int = 64            # answers in an optimizer step
     temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
@@ -403,12 +403,11 @@ def compare_answers(config: Config, rollouts: list[Rollout]) -> None:
 def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatches: list[list[Rollout]],
           step: int) -> dict:
     """Some epochs over the minibatches: an optimizer step each."""
-    updates = [(epoch, i) for epoch in range(config.epochs) for i in range(len(minibatches))]
-    done = []
-    for number, (epoch, i) in enumerate(updates):
-        number_in_run = step * len(updates) + number
-        done.append(update(config, run, loaded, model, optimizer, minibatches[i], number_in_run, step))
-        if number == 0:
+    done, n = [], config.epochs * len(minibatches)
+    for i in range(n):
+        rollouts = minibatches[i % len(minibatches)]
+        done.append(update(config, run, loaded, model, optimizer, rollouts, step * n + i, step))
+        if i == 0:
             off = max(run.gather({run.rank: done[0]["off"]}).values())
             if off > 1e-3 * (1 if run.dtype == torch.float32 else 100):
                 raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: the policy that "

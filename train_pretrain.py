@@ -161,7 +161,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     nats = counted = n_bytes = 0
     structure = model.config.structure
     bytes_V = loaded.tokenizer.bytes_per_token().to(run.device)
-    for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
+    for start in range(0, len(loaded.held_out), 64):
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue

@@ -1,9 +1,9 @@
 """Reward model: learn from rankings which of two answers people prefer.
 
-    data              K answers to each prompt (Ouyang: 4 to 9), the human one and samples of SFT (in later
-                      rounds of --sampler), ranked by the simulated labeller (or --data with prompt + chosen +
-                      rejected; of several files a.jsonl,b.jsonl or of records with a key "source" the
-                      accuracy is told one by one)
+    data              K answers to each prompt (Ouyang: 4 to 9), the human one and samples of SFT (or of the
+                      runs that --sampler names), ranked by the simulated labeller (or --data with prompt +
+                      chosen + rejected; of several files a.jsonl,b.jsonl or of records with a key "source"
+                      the accuracy is told one by one)
     initial weights   the SFT model, its unembedding replaced by one vector: a scalar per token
     mask              the structure's: causal, prefix or encdec; never across documents
                       and answers to one prompt share its row without seeing each other
@@ -141,7 +141,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     """How far the scores of held-out answers agree with the labeller, and how far they go with length."""
     scored = []
     structure = model.config.structure
-    for start in range(0, min(len(loaded.held_out), config.eval_size), 64):
+    for start in range(0, len(loaded.held_out), 64):
         examples = run.mine(loaded.held_out[start:start + 64])
         if not examples:
             continue

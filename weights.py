@@ -28,7 +28,7 @@ import common
 import published_tokenizers
 from errors import UserError, read_json
 from layouts import LAYOUTS, Layout, read_config
-from model import LanguageModel, ModelConfig, build
+from model import LanguageModel, ModelConfig, build, parameter_count
 from tokenizer import Tokenizer
 
 # ---- safetensors: 8 bytes of length, that much JSON, and the tensors' bytes --------------------------------
@@ -219,9 +219,7 @@ def plan(layout: Layout, config: ModelConfig) -> dict[str, list[Part]]:
 def to_ours(published: Mapping[str, Tensor], layout: Layout, config: ModelConfig,
             folder="") -> dict[str, Tensor]:
     """Our state dict. What is one tensor here and there stays mapped from its file; the rest is joined."""
-    begins = any(name.startswith(layout.prefix) for name in published)
-    found = {name.removeprefix(layout.prefix): name for name in published} if layout.prefix and begins else {
-        name: name for name in published}
+    found = {name.removeprefix(layout.prefix): name for name in published}
     if len(found) < len(published):
         twice = next(name for name in published if layout.prefix + name in published)
         raise UserError(f"{folder}: it holds both {twice} and {layout.prefix}{twice}; one of them must go")
@@ -300,7 +298,7 @@ def import_folder(config: Config) -> LanguageModel:
     model.load_state_dict(to_ours(read_folder(folder), layout, model_config, folder), assign=True)
     checkpoint.open_run(run, config, tokenizer, set())
     checkpoint.save(run, 0, config, model_config, model=model)
-    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {told}\n"
+    print(f"{run.folder}: {parameter_count(model):,} parameters, {told}\n"
           f'next: python generate.py --run {run.folder} --prompt "..."')
     return model
 
@@ -343,7 +341,7 @@ def export_folder(config: Config) -> None:
 
 def parse(argv: list[str]) -> Config:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = command_line._Parser(description=__doc__, formatter_class=plain)
+    parser = command_line.Parser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, source, out in (("import", "a published checkpoint's folder", "the run folder to make"),
                                  ("export", "a run folder", "the folder to write")):

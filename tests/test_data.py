@@ -131,6 +131,8 @@ def test_split_is_by_name_and_keeps_what_was_held_out():
     assert not corpus.names_of(train) & corpus.names_of(held_out) and 20 < len(corpus.names_of(held_out)) < 90
     kept = {next(iter(corpus.names_of(train)))}
     assert kept <= corpus.names_of(corpus.split(records, kept)[1])
+    train, held_out = corpus.split(records[:5], {f"name{i}" for i in range(5)})
+    assert not train and len(held_out) == 5                        # to none of them may a later stage fit itself
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -367,3 +369,13 @@ def test_every_part_of_the_guideline():
     parts = judge.parts(prompt, "return the blorb map map")
     assert parts["words"] == pytest.approx((4 / 5) ** 2) and parts["no_repetition"] == pytest.approx((3 / 4) ** 2)
     assert judge.gold(prompt, "") == 0 < judge.gold(prompt, "Blorb") < judge.gold(prompt, "Convert the color map.") <= 1
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("n", [3, 130, 150])
+def test_the_example_on_the_screen_has_no_padding(structure, n, tokenizer):
+    """A row is rounded up in length; what is shown is the example, whole."""
+    source, target = [tokenizer.encode("a")[0]] * n, [tokenizer.encode("b")[0]] * n + [tokenizer.end]
+    for example in (data.Example(source, [target]), data.Example([], [target])):
+        shown = data.show(example, structure, tokenizer)
+        assert "<pad>" not in shown and shown.count("a") == len(example.source) and shown.count("b") - shown.count("<bos>") == n

@@ -16,7 +16,7 @@ import objectives
 import own_reward
 import train_ppo
 from conftest import STRUCTURES, random_tokens
-from errors import UserError
+from errors import Fault, UserError
 from generate import generate, never_drawn
 
 RUN = common.Run(None, torch.device("cpu"), torch.float32)
@@ -206,6 +206,18 @@ def test_a_bad_own_reward_is_one_sentence(tmp_path, tokenizer, content, name, fr
     with pytest.raises(UserError, match=fragment):
         function = own_reward.RewardFunction(f"{tmp_path}/{name}", tokenizer, RUN)
         function.score("prompt", "response")
+
+
+def test_an_own_reward_that_fails_on_the_way_is_a_fault(tokenizer, tmp_path):
+    """Tried once before anything is written it is the user's mistake (exit code 2); later the run has begun (1)."""
+    (tmp_path / "mine.py").write_text("def reward(prompt, response):\n    return 1 / len(response)\n")
+    batches = [data.lay_out([data.Example([40], [[41] * n + [tokenizer.end]])], "causal", 12, tokenizer) for n in (2, 0)]
+    function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)
+    function(batches[0], None, batches[0].last)
+    with pytest.raises(Fault, match="ZeroDivisionError"):
+        function(batches[1], None, batches[1].last)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)(batches[1], None, batches[1].last)
 
 
 # ---- brakes and warnings -----------------------------------------------------------------------------------

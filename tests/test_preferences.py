@@ -74,7 +74,7 @@ def test_answers_to_other_prompts_are_ranked_too(tokenizer, monkeypatch):
     records = [corpus.Record(f"f{k}", prompt=f"def read_{noun}():\n", response=f"Read the {noun}.")
                for k, noun in enumerate(("mask", "token", "row", "page"))]
     config, run = train_rm.Config(answers=3, mismatched=2, max_new=16), common.Run(None, torch.device("cpu"), torch.float32)
-    judge = SimpleNamespace(rank=lambda prompt, answers: [float(len(answer)) for answer in answers])
+    judge = SimpleNamespace(gold=lambda prompt, answer: float(len(answer)))
     found = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=True)
     human = [example.targets[0] for example in found]
     for i, example in enumerate(found):
@@ -120,7 +120,7 @@ def test_only_the_prompt_needs_room_for_samples(tokenizer, monkeypatch, capsys):
     config, run = train_rm.Config(answers=2, mismatched=0), common.Run(None, torch.device("cpu"), torch.float32)
     config.context = tokenizer.around + 1 + len(tokenizer.encode("def f():\n" + long))
     config.max_new = config.context - tokenizer.around - len(tokenizer.encode("def f():\n"))
-    judge = SimpleNamespace(rank=lambda prompt, answers: [1.0] * len(answers))
+    judge = SimpleNamespace(gold=lambda prompt, answer: 1.0)
     (kept,) = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=False)
     assert tokenizer.decode(kept.targets[0]) == long and "1 of 2 prompts have more than" in capsys.readouterr().out
 

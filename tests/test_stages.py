@@ -346,6 +346,7 @@ def test_a_report_of_runs_whose_logs_say_little(flow, package, tmp_path):
     for stage in ("pretrain", "sft"):
         shutil.copytree(runs / stage, tmp_path / "runs" / stage)
     log = tmp_path / "runs" / "pretrain" / "metrics.jsonl"
+    (tmp_path / "runs" / "sft" / "config.json").write_text('{"layout": "llama"}')          # as weights.py writes it
     for line in ('{"step": 1, "seconds": 2.0}\n', None):
         log.write_text(line) if line else log.unlink()
         report = evaluate.main(evaluate.Config(runs=str(tmp_path / "runs"), data=str(package), prompts=5, best_of=2,
@@ -953,14 +954,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch, package, t
 
 
 @one_structure
-def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys):
-    """A truncated file is said, and the checkpoint before it is used."""
+@pytest.mark.parametrize("left", [1000, 0])
+def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys, left):
+    """A truncated file is said, and the checkpoint before it is used; where none is left, nothing begins anew unasked."""
     _, stages, _ = flow
     folder = tmp_path / "damaged"
     shutil.copytree(stages[1][1].out, folder)
     newest = folder / "checkpoint-0000004.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
+    newest.write_bytes(newest.read_bytes()[:left])
     assert checkpoint.latest(folder)["step"] == 2 and "cannot be read" in capsys.readouterr().out
+    (folder / "checkpoint-0000002.pt").write_bytes(b"")
+    config = type(stages[1][1])(**{**vars(stages[1][1]), "out": str(folder)})
+    with pytest.raises(UserError, match="none of which can be read"):
+        checkpoint.open_folder(folder, config)
+    config.overwrite = True
+    assert checkpoint.open_folder(folder, config) is None
 
 
 @one_structure
