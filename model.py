@@ -352,6 +352,11 @@ class LanguageModel(nn.Module):
         x_BTD, a = self.embedding(tokens_BT), self.config.embedding_gradient
         return x_BTD if a == 1 else a * x_BTD + (1 - a) * x_BTD.detach()
 
+    def decode(self, tokens_BT: Tensor, positions: Tensor, mask, memory_BSD: Tensor | None = None,
+               cross_mask=None, cache: KVCache | None = None) -> Tensor:
+        """The decoder's last layer (B, T, D). memory: what the encoder has read; cross_mask: who sees it."""
+        return self.decoder(self.embed(tokens_BT), positions, mask, memory_BSD, cross_mask, cache)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
         logits = F.linear(hidden, (self.unembedding or self.embedding).weight)
@@ -411,9 +416,6 @@ class Decoder(LanguageModel):
         positions = batch.positions_2d if self.config.positions == "rope2d" else batch.positions
         return self.decode(batch.tokens, positions, masks.attention)
 
-    def decode(self, tokens_BT: Tensor, positions: Tensor, mask, cache: KVCache | None = None) -> Tensor:
-        return self.decoder(self.embed(tokens_BT), positions, mask, cache=cache)
-
 
 class EncoderDecoder(LanguageModel):
     """The source is read by a bidirectional encoder; the target's causal decoder looks at it by
@@ -431,10 +433,6 @@ class EncoderDecoder(LanguageModel):
 
     def encode(self, source_BS: Tensor, positions_BS: Tensor, mask) -> Tensor:
         return self.encoder(self.embed(source_BS), positions_BS, mask)
-
-    def decode(self, tokens_BT: Tensor, positions_BT: Tensor, mask, memory_BSD: Tensor, cross_mask,
-               cache: KVCache | None = None) -> Tensor:
-        return self.decoder(self.embed(tokens_BT), positions_BT, mask, memory_BSD, cross_mask, cache)
 
 
 def build(config: ModelConfig) -> LanguageModel:
