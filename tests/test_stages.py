@@ -706,6 +706,15 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
     assert hardware.choose_ranks(module.Config(device="cpu", ranks=3)) == 3
 
 
+def test_threads_are_those_of_this_machine(monkeypatch):
+    """Under torchrun on two machines the ranks of one share its cores, not those of all."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(hardware, "cores", lambda: 16)
+    for local, threads in ((None, 2), ("4", 4)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        assert hardware.choose_threads(torch.device("cpu"), 8, before=99) == threads == torch.get_num_threads()
+
+
 def test_one_disturbed_timing_decides_nothing(monkeypatch):
     """Format and threads are timed in turns; what is much slower is timed once."""
     timed = []
