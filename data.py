@@ -107,7 +107,7 @@ def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer:
     The last source token of a decoder predicts the first token of the first target alone, unless they are
     side_by_side.
     """
-    encdec, examples = structure == "encdec", [Example(*example) for example in examples]
+    encdec = structure == "encdec"
     framed = [_framed(example, structure, tokenizer) for example in examples]
     lengths = [(len(source), sum(len(opened + target) for target in example.targets), len(example.targets))
                for (source, opened, _), example in zip(framed, examples)]
@@ -115,7 +115,7 @@ def lay_out(examples: list[Example], structure: str, row_length: int, tokenizer:
     decoder, encoder = _Rows(len(packed), tokenizer), _Rows(len(packed), tokenizer)
     for b, chosen in enumerate(packed):
         for i in chosen:
-            (source, opened, copied), (_, targets, blanks, *_) = framed[i], examples[i]
+            (source, opened, copied), targets, blanks = framed[i], examples[i].targets, examples[i].blanks
             adjoins = targets and targets[0] and not blanks and not opened
             (encoder if encdec else decoder).add_source(b, i, source, targets[0][0] if adjoins else None)
             before = -1 if encdec else len(source) + copied - 1    # place of the last source token, if any

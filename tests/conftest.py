@@ -69,7 +69,7 @@ def random_tokens(n: int) -> list[int]:
 
 
 def random_examples(lengths) -> list[data.Example]:
-    return [(random_tokens(n), [random_tokens(k) for k in targets]) for n, targets in lengths]
+    return [data.Example(random_tokens(n), [random_tokens(k) for k in targets]) for n, targets in lengths]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import masks
 import model as networks
 import objectives
 from conftest import LAYOUTS, STRUCTURES, random_examples, random_tokens
-from data import lay_out
+from data import Example, lay_out
 from generate import generate
 from test_families import families, randomised, small
 
@@ -120,7 +120,7 @@ def test_cached_decoding_equals_uncached(structure, dtype, tokenizer, random_mod
     if dtype == torch.float32:
         assert answers == expected
     for prompt, answer in zip(prompts, answers):         # the likeliest token of a fresh forward, or next to it
-        batch = lay_out([(prompt, [answer])], structure, 1, tokenizer).to("cuda")
+        batch = lay_out([Example(prompt, [answer])], structure, 1, tokenizer).to("cuda")
         with run.autocast():
             logits = network(batch, masks.of_batch(structure, batch), batch.loss_mask).float()
         chosen = logits[torch.arange(len(answer)), torch.tensor(answer, device="cuda")]

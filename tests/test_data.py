@@ -169,8 +169,8 @@ def test_every_example_can_be_read_back_from_the_batch(structure, tokenizer):
     """Tokens, positions, loss mask and last tokens of a packed batch, example by example."""
     examples = random_examples([(n % 7, [3 + n % 5]) for n in range(23)])
     batch = data.lay_out(examples, structure, 40, tokenizer)
-    for i, (source, (target,)) in enumerate(examples):
-        where = batch.document == i
+    for i, example in enumerate(examples):
+        source, (target,), where = example.source, example.targets, batch.document == i
         tokens = batch.tokens[where].tolist()
         begin = [tokenizer.bos] if structure == "encdec" else [tokenizer.bos] + source
         assert tokens == begin + target
@@ -180,7 +180,7 @@ def test_every_example_can_be_read_back_from_the_batch(structure, tokenizer):
         assert batch.tokens[where & batch.last].tolist() == target[-1:]
         if structure == "encdec":
             assert batch.source[batch.source_document == i].tolist() == [tokenizer.bos] + source
-    assert int(batch.loss_mask.sum()) == sum(len(target) for _, (target,) in examples)
+    assert int(batch.loss_mask.sum()) == sum(len(example.targets[0]) for example in examples)
 
 
 OBJECTIVES = ("next_token", "prefix_lm", "span_corruption", "bart", "text_infilling", "sentence_permutation",
@@ -293,8 +293,8 @@ def test_little_padding(stage, structure, tokenizer):
     for _ in range(30):
         examples = random_examples([(int(rng.integers(15, 60)), rng.integers(8, 32, answers)) for _ in range(n)])
         if stage is train_ppo:
-            examples = data.answers_of_prompts([source for source, _ in examples for _ in range(answers)],
-                                               [target for _, targets in examples for target in targets],
+            examples = data.answers_of_prompts([example.source for example in examples for _ in range(answers)],
+                                               [target for example in examples for target in example.targets],
                                                structure, config.row, tokenizer)
         more, all_tokens = data.lay_out(examples, structure, config.row, tokenizer).padding()
         padding, everything = padding + more, everything + all_tokens

@@ -11,7 +11,7 @@ import model as networks
 import positions as positions_file
 import objectives
 from conftest import LAYOUTS, random_examples, random_tokens
-from data import Batch, lay_out
+from data import Batch, Example, lay_out
 from generate import generate
 from model import KVCache, ModelConfig, preset
 from presets import PRESETS
@@ -155,9 +155,9 @@ def test_packing_changes_nothing(name, tokenizer, monkeypatch):
     monkeypatch.setattr("data.balanced_rows", lambda sizes, _: [[2, 0], [3, 1]] if len(sizes) == 4 else [[0]])
     batch = lay_out(examples, structure, 0, tokenizer)
     together = outputs(model, batch)
-    for document, (source, targets) in enumerate(examples):
-        for part, target in enumerate(targets, start=1):
-            alone = lay_out([(source, [target])], structure, 0, tokenizer)
+    for document, example in enumerate(examples):
+        for part, target in enumerate(example.targets, start=1):
+            alone = lay_out([Example(example.source, [target])], structure, 0, tokenizer)
             torch.testing.assert_close(together[(batch.document == document) & (batch.part == part)],
                                        outputs(model, alone)[alone.part == 1], atol=5e-5, rtol=0)
 
@@ -510,7 +510,7 @@ class ByHand:
 def test_a_network_of_the_family_equals_plain_loops(name, tokenizer):
     """Logits of a source and a target, by the network and by loops over tokens, heads and keys."""
     model, source, target = randomised(small(name)), random_tokens(6), random_tokens(11)
-    batch = lay_out([(source, [target])], model.config.structure, 1, tokenizer)
+    batch = lay_out([Example(source, [target])], model.config.structure, 1, tokenizer)
     expected = ByHand(name, model).logits([tokenizer.bos] + source,
                                           [tokenizer.bos] * (model.config.structure == "encdec") + target)
     torch.testing.assert_close(outputs(model, batch)[0].double(), expected, atol=2e-4, rtol=0)

@@ -7,7 +7,7 @@ import torch
 
 import masks
 from conftest import STRUCTURES, random_tokens
-from data import lay_out
+from data import Example, lay_out
 from generate import Decoding, beam_search, generate, next_tokens
 from shapes import check_shapes
 
@@ -17,7 +17,7 @@ PROMPT_LENGTHS = (5, 0, 1, 9, 3)
 def full_logits(network, prompt, answer, tokenizer) -> torch.Tensor:
     """Logits (1 + n, V) of the tokens after the prompt: every position computed anew, no cache, no batch."""
     structure = network.config.structure
-    batch = lay_out([(prompt, [answer])], structure, 1, tokenizer)
+    batch = lay_out([Example(prompt, [answer])], structure, 1, tokenizer)
     first = 0 if structure == "encdec" else len(prompt)        # here stands <bos>, or the prompt's last token
     where = torch.arange(batch.tokens.shape[1])[None] >= first
     return network(batch, masks.of_batch(structure, batch), where)

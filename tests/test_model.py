@@ -12,7 +12,7 @@ import model as networks
 import positions as positions_file
 import objectives
 from conftest import LAYOUTS, STRUCTURES, may_look, random_examples, random_tokens
-from data import lay_out
+from data import Example, lay_out
 from model import ModelConfig
 from shapes import check_shapes
 
@@ -90,9 +90,9 @@ def test_neighbours_in_a_batch_change_nothing(structure, random_model, tokenizer
     monkeypatch.setattr("data.balanced_rows", lambda sizes, row_length: rows[len(sizes)])
     batch = lay_out(examples, structure, 0, tokenizer)
     together = outputs(network, batch)
-    for document, (source, targets) in enumerate(examples):
-        for part, target in enumerate(targets, start=1):
-            alone = lay_out([(source, [target])], structure, 0, tokenizer)
+    for document, example in enumerate(examples):
+        for part, target in enumerate(example.targets, start=1):
+            alone = lay_out([Example(example.source, [target])], structure, 0, tokenizer)
             torch.testing.assert_close(together[(batch.document == document) & (batch.part == part)],
                                        outputs(network, alone)[alone.part == 1], atol=2e-5, rtol=0)
 

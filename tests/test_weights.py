@@ -266,7 +266,7 @@ def test_chatglms_rows_are_source_gmask_sop_target(tmp_path):
     put_tokenizer(tmp_path, "gpt2")
     c = CHATGLM | ROLES["gpt2"][1]
     tokenizer = Tokenizer(*published_tokenizers.published(tmp_path, c, "prefix")[:2])
-    sop, gmask, end, row = 0, 1, 3, [[50, 51, 52], [[60, 61, 3], [70, 3]]]
+    sop, gmask, end, row = 0, 1, 3, data.Example([50, 51, 52], [[60, 61, 3], [70, 3]])
     batch = data.lay_out([row], "prefix", 1, tokenizer)
     assert batch.tokens.tolist() == [[50, 51, 52, gmask, sop, 60, 61, end, sop, 70, end]]
     assert batch.positions_2d.tolist() == [[[0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3]], [[0, 0, 0, 0, 1, 2, 3, 4, 1, 2, 3]]]
@@ -284,7 +284,7 @@ def test_chatglms_rows_are_source_gmask_sop_target(tmp_path):
     with_end = data.lay_out([objective([*range(50, 58), end], np.random.default_rng(0))], "prefix", 1, tokenizer)
     assert torch.equal(with_end.tokens, text.tokens) and torch.equal(with_end.targets, text.targets)
     names = {i: name for name, i in tokenizer.settings["specials"].items()}
-    shown = data.show(data.Example(*row), "prefix", tokenizer)
+    shown = data.show(row, "prefix", tokenizer)
     assert f"{names[gmask]}{names[sop]}[[" in shown and shown.count(names[sop]) == 1
 
 
@@ -594,7 +594,7 @@ def test_a_tensor_that_is_there_twice_is_refused():
 def test_packed_rows_of_an_imported_encoder_decoder(tmp_path):
     """BART: <s> source </s>, then </s> <s> target; the loss counts the target alone."""
     tokenizer = tokenizer_of(tmp_path, "bart")
-    batch = data.lay_out([([10, 11], [[20, 21, 2]])], "encdec", 9, tokenizer)
+    batch = data.lay_out([data.Example([10, 11], [[20, 21, 2]])], "encdec", 9, tokenizer)
     assert batch.source.tolist() == [[0, 10, 11, 2]] and batch.tokens.tolist() == [[2, 0, 20, 21, 2]]
     assert batch.targets[batch.loss_mask].tolist() == [20, 21, 2]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4]]
