@@ -66,7 +66,8 @@ def relevance(flow: Flow) -> list[dict]:
                "ptx 1": flow.ppo("ppo_ptx_1", ptx=1.0), "beta 0.1": flow.ppo("ppo_beta_0.1", beta=0.1),
                "reward model without mismatched answers": flow.ppo("ppo_not_mismatched", reward=plain),
                "reward model of two epochs": flow.ppo("ppo_two_epochs", reward=longer),
-               "DPO": dpo, "PPO that starts from DPO": flow.ppo("ppo_from_dpo", init=dpo)}
+               "DPO": dpo, "PPO that starts from DPO": flow.ppo("ppo_from_dpo", init=dpo),
+               "PPO that starts from DPO, ptx 0.5": flow.ppo("ppo_from_dpo_ptx_0.5", init=dpo, ptx=0.5)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
     return [{"row": name, **row} for name, row in rows.items()]

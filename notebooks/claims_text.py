@@ -50,7 +50,7 @@ def structures(flow: Flow) -> list[dict]:
 
 
 def equal_arithmetic(flow: Flow) -> list[dict]:
-    """The same for an encoder-decoder whose tokens cost as many FLOPs as the decoder's (1.04 times)."""
+    """The same for an encoder-decoder whose tokens cost as many FLOPs as the decoder's, within a few per cent."""
     return compared(flow, "equal", EQUAL_ARITHMETIC)
 
 
