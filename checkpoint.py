@@ -199,8 +199,9 @@ def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     if config.overwrite:                        # only now: whatever was wrong with the settings has been said
-        for old in (*run.folder.glob("checkpoint-*.pt"), *run.folder.glob("metrics.jsonl")):
+        for old in run.folder.glob("checkpoint-*.pt"):
             old.unlink()
+        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
                "dtype_used": run.dtype_name(), "torch": torch.__version__,
                "processor": processor_name(run.device), "started_from": started_from(config)}

@@ -36,7 +36,7 @@ def parse(config_class, argv: list[str], description: str):
     """--field value for every field; the comment behind a field is its help. Unknown flags are refused."""
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(config_class), re.MULTILINE))
     parser = Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         help_text = f"{comments.get(field.name, '')} ({field.default!r})".replace("%", "%%")
         if field.type is bool:

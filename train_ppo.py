@@ -57,7 +57,7 @@ class Config:
     ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
-    kl_stop: float = 0.0                # end an iteration after an update that moves so far (nats a token)
+    kl_stop: float = 0.0                # end an iteration once an update moves so far, nats a token; 0: off
     minibatch_size: int = 64            # answers in an optimizer step
     temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most

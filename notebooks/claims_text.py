@@ -1,5 +1,6 @@
 """The measurements of claims.py about structures, pretraining and supervised fine-tuning."""
 import copy
+import re
 import time
 
 import numpy as np
@@ -36,32 +37,34 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
               "causal, prefix LM, lr 0.001": dict(structure="causal", objective="prefix_lm", lr=1e-3),
               "encoder-decoder, as many layers in each stack, lr 0.001":
                   dict(structure="encdec", objective="prefix_lm", lr=1e-3)}
-EQUAL = dict(structure="encdec", objective="prefix_lm", layers=2, width=136)
-EQUAL_ARITHMETIC = {"causal, prefix LM": STRUCTURES["causal, prefix LM"],
-                    "causal, prefix LM, lr 0.001": STRUCTURES["causal, prefix LM, lr 0.001"],
-                    "encoder-decoder, two layers of 136 in each stack": EQUAL,
-                    "encoder-decoder, two layers of 136 in each stack, lr 0.001": EQUAL | dict(lr=1e-3)}
+EQUAL_ARITHMETIC = {name: STRUCTURES[name] for name in ("causal, prefix LM", "causal, prefix LM, lr 0.001")}
+EQUAL_ARITHMETIC |= {f"encoder-decoder, two layers of 136 in each stack{rate}":
+                     dict(structure="encdec", objective="prefix_lm", layers=2, width=136, **settings)
+                     for rate, settings in (("", {}), (", lr 0.001", dict(lr=1e-3)))}
 BEGINNING, ENDS = 32, (16, 64, 128, 256)             # tokens that are continued, and how far
 
 
 def structures(flow: Flow) -> list[dict]:
     """One budget of tokens, three structures: loss on texts and on summaries, speed, long continuations."""
-    return compared(flow, "structure", STRUCTURES)
+    return compared(flow, STRUCTURES)
 
 
 def equal_arithmetic(flow: Flow) -> list[dict]:
-    """The same for an encoder-decoder whose tokens cost as many FLOPs as the decoder's, within a few per cent."""
-    return compared(flow, "equal", EQUAL_ARITHMETIC)
+    """The same for an encoder-decoder whose tokens cost as many FLOPs as the decoder's, or nearly so."""
+    return compared(flow, EQUAL_ARITHMETIC)
 
 
-def compared(flow: Flow, prefix: str, variants: dict[str, dict]) -> list[dict]:
-    """A row for each variant: what it reads and costs, and what it does after the same short SFT."""
+def compared(flow: Flow, variants: dict[str, dict]) -> list[dict]:
+    """A row for each variant: what it reads and costs, and what it does after the same short SFT. One that
+    two measurements name is trained once.
+    """
     rows, ends = [], ENDS[:1] if flow.config.tiny else ENDS
-    for k, (name, settings) in enumerate(variants.items()):
+    for name, settings in variants.items():
+        run = "structure_" + re.sub(r"\W+", "_", name)
         steps, context = flow.steps(train_pretrain, 0.2), BEGINNING + ends[-1] + 1
-        pretrain = flow.train(train_pretrain, f"{prefix}_{k}", **settings, **steps, context=context,
+        pretrain = flow.train(train_pretrain, run, **settings, **steps, context=context,
                               row=context, eval_every=0, save_every=max(1, steps["steps"] // 4), keep=5)
-        sft = flow.sft(f"{prefix}_{k}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.15))
+        sft = flow.sft(f"{run}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.15))
         model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
         rows.append({"row": name, "parameters": model_file.parameter_count(model),
                      "counted_per_step": line["counted"],
