@@ -132,10 +132,19 @@ def stage_of(folder: str, otherwise: str) -> str:
     return name if name in ("pretrain", "sft", "dpo", "ppo") else otherwise
 
 
+STARTS_FROM = {"sft": {"init": "pretrain"}, "rm": {"init": "sft"}, "dpo": {"init": "sft"},
+               "ppo": {"init": "sft", "reward": "rm"}}
+
+
 def command_for(stage: str, folder: str, tiny: bool = False) -> str:
-    """The command that trains a stage into this folder."""
-    usual = str(folder) in (f"runs/{stage}", f"runs/tiny/{stage}")
-    return f"python train_{stage}.py" + " --tiny" * tiny + f" --out {folder}" * (not usual)
+    """The command that trains a stage into this folder, from those of the stages that lie beside it."""
+    beside = Path(folder).parent
+    tiny = tiny or beside == Path("runs/tiny")
+    command = f"python train_{stage}.py" + " --tiny" * tiny
+    if Path(folder) == Path("runs/tiny" if tiny else "runs", stage):
+        return command
+    return command + "".join(f" --{flag} {beside / name}" for flag, name in STARTS_FROM.get(stage, {}).items()
+                             if steps_of(beside / name)) + f" --out {folder}"
 
 
 def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:

@@ -188,7 +188,13 @@ def check(config) -> None:
     check_seed(config)
     at_least(0, config, "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
              "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip",
-             "value_clip", "value_lr", "adam_eps", "ptx", "no_end", "score_clip")
+             "value_clip", "value_lr", "adam_eps", "ptx", "no_end", "score_clip", "mismatched")
+    if not config.out:
+        raise UserError("out is empty; it must name a folder")
+    if not 2 <= getattr(config, "answers", 2) <= 9:
+        raise UserError(f"answers is {config.answers}; it must be 2 to 9")
+    if not 0 <= getattr(config, "label_noise", 0) <= 0.5:
+        raise UserError(f"label_noise is {config.label_noise}; it must be 0 to 0.5, where no order is left")
     if getattr(config, "max_new", 0) >= config.context:
         raise UserError(f"max_new {config.max_new} leaves no room for a prompt in context {config.context}")
     for name in ("gamma", "lam"):
@@ -309,7 +315,9 @@ class Log:
         self.first, self.last = (json.loads(lines[i]) if lines else {} for i in (0, -1))
 
     def add(self, metrics: dict[str, float]) -> None:
-        """Remember one step's figures: a line shows their mean over its interval."""
+        """Remember one step's figures: a line shows their mean over its interval, or over what a resumed run
+        has done of it.
+        """
         for name, value in metrics.items():
             self.interval.setdefault(name, []).append(float(value))
 

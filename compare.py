@@ -48,7 +48,9 @@ class Config:
     seeds: int = 3                      # runs of every row
     steps: int = 400                    # of pretraining
     sft_steps: int = 400                # of fine-tuning
-    sft_lr: float = 3e-3                # its highest learning rate
+    lr: float = 3e-3                    # highest learning rate of pretraining, for decoders
+    encdec_lr: float = 1e-3             # the same for encoder-decoders, which cannot bear as high a one
+    sft_lr: float = 3e-3                # highest learning rate of fine-tuning
     prompts: int = 200                  # held-out functions on which the answers are scored
     layers: int = 3                     # layers (encdec: of each stack)
     width: int = 128                    # width of the residual stream
@@ -67,6 +69,7 @@ def measure(config: Config, structure: str, objective: str, seed: int) -> dict:
                   tiny=config.tiny)
     pretrain = train_pretrain.Config(**shared, out=str(folder / "pretrain"), structure=structure,
                                      objective=objective, steps=config.steps, layers=config.layers,
+                                     lr=config.encdec_lr if structure == "encdec" else config.lr,
                                      width=config.width)
     sft = train_sft.Config(**shared, init=pretrain.out, out=str(folder / "sft"), steps=config.sft_steps,
                            lr=config.sft_lr, source_weight=0.0)
@@ -135,7 +138,7 @@ def main(config: Config) -> list[dict]:
     """All rows and seeds; those that results.jsonl holds already are not run again."""
     common.apply_tiny(config)
     at_least(1, config, "seeds", "steps", "sft_steps", "prompts", "layers", "width")
-    at_least(0, config, "sft_lr")
+    at_least(0, config, "lr", "encdec_lr", "sft_lr")
     for structure in dict(ROWS):                                       # sizes that no network can have
         model_file.ModelConfig(structure, 512, config.layers, 4, 2, config.width)
     train, _ = corpus.split(corpus.load_records(config.data, config.tiny))

@@ -240,18 +240,19 @@ def load_place(path: str) -> list[Record]:
 
 
 def read_text(path: str, content: str) -> list[Record]:
-    """A plain text as documents of up to 4,000 characters: cut at blank lines; a longer paragraph at the ends
-    of lines, a longer line at a space.
+    """A plain text as documents of up to 4,000 characters, shorter ones where that makes fewer than ten: cut at
+    blank lines; a longer paragraph at the ends of lines, a longer line at a space.
     """
-    texts = [""]
+    most, texts = max(200, min(4000, len(content) // 10)), [""]
     for paragraph in re.split(r"\n\s*\n", content):
         glue = "\n\n"
-        for part in re.findall(r"(?s).{1,4000}\Z|.{0,3999}\n|.{0,3999}\s|.{1,4000}", paragraph):
-            if texts[-1] and len(texts[-1]) + len(part) > 4000:
+        for part in re.findall(rf"(?s).{{1,{most}}}\Z|.{{0,{most - 1}}}\n|.{{0,{most - 1}}}\s|.{{1,{most}}}",
+                               paragraph):
+            if texts[-1] and len(texts[-1]) + len(part) > most:
                 texts.append("")
             texts[-1] += (glue if texts[-1] else "") + part
             glue = ""
-    return [Record(f"{path}:{i}", text=text) for i, text in enumerate(texts) if text.strip()]
+    return [Record(f"{Path(path).name}:{i}", text=text) for i, text in enumerate(texts) if text.strip()]
 
 
 def read_jsonl(path: str, content: str) -> list[Record]:

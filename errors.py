@@ -2,6 +2,7 @@
 an exit code of them.
 """
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ class Fault(Exception):
 
 
 def at_least(least: int, config, *names: str) -> None:
-    """Refuse a setting below `least`, of these names those that config has."""
+    """Refuse a setting below `least`, or one that is not finite, of these names those that config has."""
     for name in names:
         value = getattr(config, name, least)
-        if not value >= least:                                          # nan is not either
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+        if not least <= value < math.inf:                               # nan is not either
+            raise UserError(f"{name} is {value}; it must be at least {least}" + ", and finite" * (value > 0))
 
 
 def check_seed(config) -> None:

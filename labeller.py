@@ -18,7 +18,7 @@ import common
 import data
 import objectives
 from corpus import Record, function_name, identifier_words
-from errors import UserError, at_least
+from errors import UserError
 from generate import generate_many
 
 WEIGHTS = {"command": 2, "about": 2, "sentence": 1, "length": 1, "words": 1, "no_repetition": 1}
@@ -172,11 +172,6 @@ def collect_rankings(config, run, tokenizer, records: list[Record], samplers: li
 
     Records that bring their own comparison (chosen, rejected) are taken as they are.
     """
-    if not 2 <= config.answers <= 9:
-        raise UserError(f"answers is {config.answers}; it must be 2 to 9")
-    at_least(0, config, "mismatched")
-    if not 0 <= config.label_noise <= 0.5:
-        raise UserError(f"label_noise is {config.label_noise}; it must be 0 to 0.5, where no order is left")
     compared = [r for r in records if r.chosen]
     differ = [r for r in compared if r.chosen != r.rejected]
     if len(differ) < len(compared):

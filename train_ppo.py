@@ -209,7 +209,8 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
     else:
         reward = checkpoint.load_model(config.reward, config.context)
         if not isinstance(reward, model_file.ScalarModel):
-            raise UserError(f"{config.reward} is no reward model; first run: python train_rm.py")
+            raise UserError(f"{config.reward} is no reward model; first run: "
+                            + checkpoint.command_for("rm", Path(config.init).with_name("rm"), config.tiny))
         if reward.config.structure != policy.config.structure:
             raise UserError(f"{config.reward} is {reward.config.structure}, {config.init} is "
                             f"{policy.config.structure}: they read an answer from one row, laid out for both")

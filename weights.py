@@ -342,7 +342,7 @@ def export_folder(config: Config) -> None:
 def parse(argv: list[str]) -> Config:
     plain = argparse.RawDescriptionHelpFormatter
     parser = command_line.Parser(description=__doc__, formatter_class=plain)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
     for command, source, out in (("import", "a published checkpoint's folder", "the run folder to make"),
                                  ("export", "a run folder", "the folder to write")):
         flags = commands.add_parser(command)

@@ -194,17 +194,18 @@ def draw_over_optimisation(rows: list[dict], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, kind, logarithm in zip(axes, ("best_of_n", "ppo"), (False, True)):
         (d, reward), (_, gold) = (gained(rows, kind, name) for name in ("reward", "gold"))
-        axis.plot(d, reward / 5, "o", color="#ee7733", markersize=3, label="reward model's score gained / 5")
-        axis.plot(d, gold, "^", color="#0077bb", markersize=3, label="gold score gained")
+        axis.plot(d, reward / 5, "o", color="#ee7733", markersize=5, label="reward model's score gained / 5")
+        axis.plot(d, gold, "^", color="#0077bb", markersize=5, label="gold score gained")
         alpha, beta = fit_of_gold(d[d > 0], gold[d > 0], logarithm)
         x = np.linspace(0.05, d.max(), 200)
         y = x * (alpha - beta * (np.log(x) if logarithm else x))
         law = "log d" if logarithm else "d"
         axis.plot(x, y, color="black", linewidth=1.2, label=f"d ({alpha:.3f} − {beta:.3f} {law})")
-        axis.set(xlabel="d = √KL(policy ‖ SFT), nats per answer",
-                 title="PPO without KL penalty" if kind == "ppo" else "best of n SFT answers")
+        axis.set(xlabel="d = √KL(policy ‖ SFT), KL in nats per answer",
+                 title="PPO without KL penalty and ptx" if kind == "ppo" else "best of n SFT answers")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("gained since SFT")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

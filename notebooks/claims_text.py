@@ -121,12 +121,12 @@ def price_of_token(folder: str) -> dict[str, float]:
             "ms_per_token_trained": 1000 * min(seconds) / tokens}
 
 
-def summaries(flow: Flow, sft: str, model=None) -> dict[str, float]:
-    """The labeller's score of greedy one-line summaries of held-out functions: understanding what is read.
+def summaries(flow: Flow, sft: str, model=None, n: int = 200) -> dict[str, float]:
+    """The labeller's score of greedy one-line summaries of n held-out functions: understanding what is read.
     And the share of them that end within 40 tokens. model: another than that of this run, on its prompts.
     """
-    (_, _, loaded), judge = data_of(train_sft, sft), judge_of(flow)
-    prompts, decode = [example.source for example in loaded.held_out[:200]], loaded.tokenizer.decode
+    (_, _, loaded), judge = data_of(train_sft, sft, eval_size=n), judge_of(flow)
+    prompts, decode = [example.source for example in loaded.held_out], loaded.tokenizer.decode
     answers = generate(model or checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature=0.0)
     pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
     return {"gold_greedy": float(np.mean([judge.gold(*pair) for pair in pairs])),
@@ -270,6 +270,17 @@ def before_sft(flow: Flow, sft: str) -> dict:
     return {"row": "base model, no SFT", "pairs": 0, "loss": loss, **summaries(flow, sft, base)}
 
 
+def loss_on_prompt(flow: Flow) -> list[dict]:
+    """Loss on the prompt too: a causal decoder's SFT learns to speak about the function from it."""
+    rows = []
+    for weight in (0.0, 0.1, train_sft.Config.source_weight):
+        usual = weight == train_sft.Config.source_weight
+        sft = flow.sft() if usual else flow.sft(f"sft_source_weight_{weight:g}", source_weight=weight)
+        rows.append({"row": f"source_weight {weight:g}", "loss": metrics_of(sft)[-1]["loss"],
+                     **summaries(flow, sft, n=flow.config.prompts)})
+    return rows
+
+
 def sft_selection(flow: Flow) -> list[dict]:
     """SFT data must be chosen: subsets of equal size, random, longest, scored, likely, repeated, noisy. (The
     corpus holds no answer twice; the repeated ones show what duplicates would cost.)
@@ -295,4 +306,4 @@ def sft_selection(flow: Flow) -> list[dict]:
 
 
 MEASUREMENTS = (structures, equal_arithmetic, pretraining_settings, width_transfer, pretraining_for_sft,
-                sft_selection)
+                loss_on_prompt, sft_selection)

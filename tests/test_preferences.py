@@ -85,8 +85,7 @@ def test_answers_to_other_prompts_are_ranked_too(tokenizer, monkeypatch):
     held_out = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=False)
     assert all(len(example.targets) == 3 for example in held_out)
     with pytest.raises(UserError, match="mismatched is -1"):
-        config.mismatched = -1
-        labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=True)
+        common.set_up(train_rm.Config(mismatched=-1))
 
 
 def test_samplers_share_the_samples(tokenizer, monkeypatch):
