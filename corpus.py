@@ -240,8 +240,8 @@ def load_place(path: str) -> list[Record]:
 
 
 def read_text(path: str, content: str) -> list[Record]:
-    """A plain text as documents of up to 4,000 characters, shorter ones where that makes fewer than ten: cut at
-    blank lines; a longer paragraph at the ends of lines, a longer line at a space.
+    """A plain text as documents of up to 4,000 characters, shorter ones where that makes fewer than ten: cut
+    at blank lines; a longer paragraph at the ends of lines, a longer line at a space.
     """
     most, texts = max(200, min(4000, len(content) // 10)), [""]
     for paragraph in re.split(r"\n\s*\n", content):
