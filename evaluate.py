@@ -167,7 +167,7 @@ def best_of_n(study: Study) -> list[list[int]]:
 
 def kl_of_best(n: int) -> float:
     """KL of the best of n samples to the distribution that they are drawn from: log n - (n - 1) / n nats
-    (Stiennon et al. 2020, appendix G.3).
+    (Stiennon et al. 2020, appendix G.3). At most: less where two samples can be equal (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
 

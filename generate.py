@@ -176,13 +176,14 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenize
         alive = torch.arange(len(chosen), device=logits_BV.device)        # the rows that are still computed
         ended = torch.zeros_like(alive, dtype=torch.bool)
         for step in range(max_new):
-            logits_BV[:, never] = float("-inf")
+            logits_BV.index_fill_(1, never, float("-inf"))
             new_B = next_tokens(logits_BV, temperature, top_k, top_p, generator)
             drawn[alive, step] = new_B
             ended |= new_B == tokenizer.end
-            if step + 1 == max_new or ended.all():
+            n_ended = int(ended.sum())                 # a GPU is waited for here alone
+            if step + 1 == max_new or n_ended == len(ended):
                 break
-            if ended.float().mean() > 0.2:             # answers that have ended need not be computed any more
+            if n_ended > 0.2 * len(ended):             # answers that have ended need not be computed any more
                 going = (~ended).nonzero().squeeze(1)
                 alive, new_B, ended = alive[going], new_B[going], ended[going]
                 decoding.keep(going)

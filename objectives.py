@@ -321,7 +321,8 @@ def pairwise_reward_loss(scores_PK: Tensor, preference_PKK: Tensor) -> Tensor:
     scores (P, K): one per candidate of each prompt. preference (P, K, K) bool: [p, w, l] is True where
     candidate w is preferred to l; ties are False both ways. All pairs of a prompt count together as one
     example, as in the paper: its candidates share a forward pass, and a candidate that occurs in K - 1 pairs
-    is not learnt K - 1 times. A sum over prompts: divide it by the prompts of the whole step.
+    is not learnt K - 1 times. n_pairs: those without a tie (the paper divides by all K (K - 1) / 2). A sum
+    over prompts: divide it by the prompts of the whole step.
     """
     margin_PKK = scores_PK[:, :, None] - scores_PK[:, None, :]
     losses_PKK = torch.where(preference_PKK, -F.logsigmoid(margin_PKK), 0.0)
@@ -377,8 +378,9 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor
         k2 = d^2 / 2           never negative, little variance; biased, by terms of third order in d
         k3 = exp(-d) - 1 + d   unbiased and never negative; little variance where pi and ref are close
 
-    As a penalty inside the reward, k1 gives the gradient of the KL. As a loss of its own it gives none on
-    average; k2 then gives the KL's, and k3 that of the reverse, KL(ref || pi).
+    As a penalty inside the reward, k1 gives the gradient of the KL. k2 and k3 do not: near the reference
+    theirs vanish (k3's is that of KL(pi || ref) - KL(ref || pi)), so they hold the policy back only when it
+    has gone. As a loss of its own k1 gives no gradient on average, k2 the KL's, k3 that of KL(ref || pi).
     """
     k1 = logprobs - ref_logprobs
     return k1, 0.5 * k1 ** 2, torch.expm1(-k1) + k1
@@ -403,14 +405,12 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, last_BT: Tensor,
 
     After the last action of a document V and A are 0, so nothing flows between the documents of a packed row.
     """
-    advantages_BT = torch.zeros_like(rewards_BT)
-    next_value = next_advantage = torch.zeros_like(rewards_BT[:, 0])
+    goes_on_BT = (mask_BT & ~last_BT).to(values_BT.dtype)
+    next_values_BT = F.pad(torch.where(mask_BT, values_BT, 0.0)[:, 1:], (0, 1))
+    deltas_BT = torch.where(mask_BT, rewards_BT + gamma * goes_on_BT * next_values_BT - values_BT, 0.0)
+    advantages_BT, advantage = torch.zeros_like(rewards_BT), torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):
-        goes_on = (mask_BT[:, t] & ~last_BT[:, t]).to(values_BT.dtype)
-        delta = rewards_BT[:, t] + gamma * goes_on * next_value - values_BT[:, t]
-        next_advantage = torch.where(mask_BT[:, t], delta + gamma * lam * goes_on * next_advantage, 0.0)
-        next_value = torch.where(mask_BT[:, t], values_BT[:, t], 0.0)
-        advantages_BT[:, t] = next_advantage
+        advantages_BT[:, t] = advantage = deltas_BT[:, t] + gamma * lam * goes_on_BT[:, t] * advantage
     return advantages_BT
 
 
@@ -428,8 +428,9 @@ def leave_one_out(rewards_PK: Tensor) -> Tensor:
     """RLOO: A_k = R_k - 1/(K - 1) sum_{j != k} R_j, no critic (Kool et al. 2019; Ahmadian et al. 2024).
 
     rewards (P, K): those of K answers to each of P prompts, each the sum over its answer, KL penalty
-    included. The baseline does not depend on answer k, so the gradient stays unbiased. All tokens of an
-    answer share its A.
+    included. The baseline does not depend on answer k, so the gradient stays unbiased, as long as the policy
+    is the one that sampled. All tokens of an answer share its A. (The papers have plain REINFORCE on whole
+    answers; train_ppo.py puts A into the clipped loss of every token, for its second epoch.)
     """
     K = rewards_PK.shape[1]
     return rewards_PK - (rewards_PK.sum(1, keepdim=True) - rewards_PK) / (K - 1)
@@ -440,7 +441,8 @@ def group_relative(rewards_PK: Tensor) -> Tensor:
 
     The paper does not say which std, nor what happens to K equal rewards: here it is that of a sample
     (K - 1), and 1e-4 is added as in TRL. The mean holds R_k itself, so without the std this is RLOO's A times
-    (K - 1) / K; the std weighs prompts whose answers differ little as much as all others.
+    (K - 1) / K; the std weighs prompts whose answers differ little as much as all others. (The paper averages
+    the loss over each answer's tokens first; train_ppo.py averages over all tokens of a minibatch.)
     """
     centred_PK = rewards_PK - rewards_PK.mean(1, keepdim=True)
     return centred_PK / (rewards_PK.std(1, keepdim=True) + 1e-4)

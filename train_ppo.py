@@ -4,7 +4,7 @@
     initial weights   policy and frozen reference from SFT, value model from the reward model
     mask              the structure's, as before
     objective         clipped policy gradient (Schulman et al. 2017, eq. 7) on reward - beta KL to reference,
-                      plus ptx times the language-model loss on human answers (Ouyang et al. 2022, eq. 2)
+                      plus ptx times the language-model loss (Ouyang et al. 2022, eq. 2), on human answers
     what is trained   the policy and the value model; reference and reward model stay as they are
 """
 import copy
@@ -44,7 +44,7 @@ class Config:
     score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
     beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
-    kl_estimator: str = "k1"            # what the reward is charged as a token's KL: k1, k2, k3
+    kl_estimator: str = "k1"            # a token's KL in the reward: k1; k2 and k3 are no leash
     whiten_rewards: bool = False        # scale the tokens' rewards about their mean to a deviation of 1
     advantage: str = "gae"              # gae (with a value model); rloo, grpo: answers to a prompt compared
     samples: int = 4                    # answers to each prompt, side by side in its row
@@ -57,7 +57,7 @@ class Config:
     ptx: float = 0.3                    # weight of the language-model loss on human answers, 0: none
     ptx_size: int = 16                  # human answers mixed into every minibatch
     epochs: int = 2                     # passes over the answers of an iteration
-    kl_stop: float = 0.0                # end an iteration once an update moves so far, nats a token; 0: off
+    kl_stop: float = 0.0                # no more steps on answers that are so far, nats a token; 0: off
     minibatch_size: int = 64            # answers in an optimizer step
     temperature: float = 1.0            # at which answers are sampled
     max_new: int = 40                   # tokens of a sample at most
@@ -411,18 +411,24 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
         if i == 0:
             off = max(run.gather({run.rank: done[0]["off"]}).values())
             if off > 1e-3 * (1 if run.dtype == torch.float32 else 100):
-                raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: the policy that "
-                            "learns is not the one that sampled")
-        if config.kl_stop and done[-1]["moved"] > config.kl_stop:          # as in OpenAI's Spinning Up, 2018
+                raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: what learns is "
+                            "not the policy that was scored")
+        if stopped := too_far(config, done[-1]["moved"]):
             break
     means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
-    return {**means, "ratio": done[0]["ratio"], "updates": len(done)}
+    return {**means, "ratio": done[0]["ratio"], "updates": len(done) - stopped}
+
+
+def too_far(config: Config, moved: float) -> bool:
+    """Whether this step is not to be taken, nor any after it in the iteration (as in Spinning Up)."""
+    return 0 < config.kl_stop < moved
 
 
 def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
            number: int, step: int = 0) -> dict[str, float]:
-    """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in.
-    number: of the update in the run, step: of its iteration.
+    """One optimizer step: policy loss and value loss on a minibatch, and the language-model loss mixed in. It
+    is not taken where the policy is too far from its answers. number: of the update in the run, step: of its
+    iteration.
     """
     counted = run.sum(sum(r.actions.sum() for r in minibatch))
     mixed = config.ptx > 0 and bool(loaded.pairs)
@@ -453,10 +459,12 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
              for network in networks_that_learn(model).values()]
     common.check_finite(step, loss=totals.sum() + ptx_loss, gradient=sum(norms))
-    optimizer.step()
-    optimizer.zero_grad()
     names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "moved")
-    return {**dict(zip(names, (run.sum(totals) / counted).tolist())), "ptx_loss": float(ptx_loss), "off": off}
+    metrics = dict(zip(names, (run.sum(totals) / counted).tolist()))
+    if not too_far(config, metrics["moved"]):
+        optimizer.step()
+    optimizer.zero_grad()
+    return {**metrics, "ptx_loss": float(ptx_loss), "off": off}
 
 
 def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -> float:
@@ -515,13 +523,16 @@ def warnings_of(now: dict[str, float], first: dict[str, float]) -> list[str]:
 
 
 def show_answer(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """One example, scored before anything is written: an own reward that fails does so here."""
-    prompt = loaded.train[0].source
-    answer = sample(config, run, loaded, model, [prompt], step=0)[0]
-    rollout = score(config, run, loaded, model, [prompt], [answer])
-    decode, value = loaded.tokenizer.decode, float(rollout.scores.sum())
-    ended = "<end>" * (answer[-1] == loaded.tokenizer.end)
-    run.print_example(f"{decode(prompt)}[[{decode(answer)}{ended}]]   reward {value:+.2f}")
+    """One example. A step's prompts are answered and scored: an own reward that fails does so here, before
+    anything is written.
+    """
+    prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step=0))]
+    answers = sample(config, run, loaded, model, prompts, step=0)
+    rollout = score(config, run, loaded, model, prompts, answers)
+    first = data.answer_of_token(rollout.batch, rollout.last_action) == 0
+    decode, value = loaded.tokenizer.decode, float(rollout.scores[rollout.last_action][first])
+    ended = "<end>" * (answers[0][-1] == loaded.tokenizer.end)
+    run.print_example(f"{decode(prompts[0])}[[{decode(answers[0])}{ended}]]   reward {value:+.2f}")
 
 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:

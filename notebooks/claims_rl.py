@@ -216,7 +216,8 @@ def reward_model_accuracy(flow: Flow) -> list[dict]:
     """A better reward model makes a better policy: comparisons and their noise -> accuracy -> gold score."""
     study, rows = flow.study(), []
     rivals = rivals_of(study)
-    variants = {"all": (1, 0.0), "1/4": (4, 0.0), "1/16": (16, 0.0), "1/4, 25 % of them wrong": (4, 0.25)}
+    variants = {"all": (1, 0.0), "1/4": (4, 0.0), "1/16": (16, 0.0), "all, 25 % of them wrong": (1, 0.25),
+                "1/4, 25 % of them wrong": (4, 0.25)}
     for name, (part, noise) in variants.items():
         rm = rm_of(flow, part, noise)
         ppo = flow.ppo(f"ppo_of_{Path(rm).name}", reward=rm) if name != "all" else flow.ppo()

@@ -58,6 +58,28 @@ def test_what_is_scored_is_what_is_sampled(structure, temperature, random_model,
     assert not never & {token for answer in answers for token in answer}
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_answers_are_as_frequent_as_they_are_scored(temperature, random_model, tokenizer):
+    """At whatever temperature: 4,000 first tokens that sample() draws against the probabilities that score()
+    gives them, by the policy and by the reference; those of another temperature are not these.
+    """
+    policy = random_model("causal")
+    policy.unembedding.weight.mul_(2)                       # far from uniform: a temperature makes a difference
+    model = train_ppo.FourModels(policy, networks.ScalarModel(random_model("causal")))
+    config, loaded = train_ppo.Config(temperature=temperature, row=64, max_new=1), loaded_with(tokenizer)
+    drawn = train_ppo.sample(config, RUN, loaded, model, [[5, 6, 7]] * 4000, step=0)
+    counts = np.bincount([answer[0] for answer in drawn], minlength=tokenizer.vocab)
+    tokens = np.nonzero(counts)[0].tolist()
+    def distance(temperature: float, name: str) -> float:
+        config.temperature = temperature
+        r = train_ppo.score(config, RUN, loaded, model, [[5, 6, 7]] * len(tokens), [[token] for token in tokens])
+        p = torch.zeros(tokenizer.vocab)
+        p[r.batch.targets[r.actions]] = getattr(r, name)[r.actions].exp()
+        return float((p - torch.tensor(counts / 4000)).abs().sum() / 2)
+    for name in ("logprobs", "ref_logprobs"):
+        assert distance(temperature, name) < 0.08 < 0.16 < distance(1.5 - temperature, name)
+
+
 # ---- answers that share their prompt -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("structure, positions", [(structure, positions) for structure in STRUCTURES
@@ -220,15 +242,122 @@ def test_an_own_reward_that_fails_on_the_way_is_a_fault(tokenizer, tmp_path):
         own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)(batches[1], None, batches[1].last)
 
 
+# ---- the language-model loss mixed in, a KL target, a discount, the log's figures ---------------------------
+
+@pytest.mark.parametrize("ptx", [0.3, 1.0])
+def test_ptx_adds_the_gradient_of_the_mean_loss(ptx, random_model, tokenizer):
+    policy = random_model("causal").requires_grad_()
+    config = train_ppo.Config(ptx=ptx, ptx_size=4, row=16)
+    loaded = loaded_with(tokenizer)
+    loaded.pairs = [data.Example(random_tokens(3), [random_tokens(n) + [tokenizer.end]]) for n in (2, 5, 3, 4)]
+    loss = train_ppo.mix_in(config, RUN, loaded, policy, 0)
+    mixed = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    batch = data.lay_out(loaded.pairs, "causal", 16, tokenizer)
+    logits_NV = policy(batch, masks.of_batch("causal", batch), batch.loss_mask)
+    mean = torch.nn.functional.cross_entropy(logits_NV, batch.targets[batch.loss_mask])
+    (ptx * mean).backward()
+    assert loss == pytest.approx(float(mean.detach()), rel=1e-5)
+    for ours, p in zip(mixed, policy.parameters()):
+        torch.testing.assert_close(ours, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_an_update_holds_the_gradients_of_ppo_and_of_ptx(random_model, tokenizer):
+    """With pairs the policy's gradient is that of the clipped loss and of mix_in together."""
+    gradients = {}
+    for ptx in (0.0, 0.3):
+        torch.manual_seed(2)
+        config = train_ppo.Config(row=16, ptx=ptx, ptx_size=2, clip=0.0)
+        model, (rollout, _) = rollouts_of(config, random_model, tokenizer)
+        train_ppo.estimate_advantages(config, RUN, [rollout], config.beta)
+        model.policy.requires_grad_()
+        loaded = loaded_with(tokenizer)
+        loaded.pairs = [data.Example(random_tokens(3), [random_tokens(2) + [tokenizer.end]]) for _ in range(2)]
+        idle = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+        train_ppo.update(config, RUN, loaded, model, idle, [rollout], 0)
+        gradients[ptx] = model.policy.embedding.weight.grad.clone()
+    model.policy.zero_grad()
+    train_ppo.mix_in(config, RUN, loaded, model.policy, 0)
+    torch.testing.assert_close(gradients[0.3] - gradients[0.0], model.policy.embedding.weight.grad, atol=1e-6, rtol=1e-4)
+    assert model.policy.embedding.weight.grad.abs().max() > 1e-4
+
+
+def test_beta_follows_the_kl_from_iteration_to_iteration(random_model, tokenizer, monkeypatch):
+    """With a target: the rewards of an iteration have the beta that the one before has left."""
+    charged, estimate = [], train_ppo.estimate_advantages
+    monkeypatch.setattr(train_ppo, "estimate_advantages", lambda config, run, rollouts, beta: (
+        charged.append(beta), estimate(config, run, rollouts, beta)))
+    config = train_ppo.Config(batch_size=8, minibatch_size=4, max_new=4, row=16, ptx=0.0, beta=0.5, kl_target=1e-3,
+                              lr=0.02)
+    model = train_ppo.FourModels(random_model("causal").requires_grad_(), networks.ScalarModel(random_model("causal")))
+    loaded, optimizer = loaded_with(tokenizer), train_ppo.build_optimizer(config, model)
+    loaded.train = [data.Example(random_tokens(3), []) for _ in range(4)]
+    first, second = (train_ppo.train_step(config, RUN, loaded, model, optimizer, step) for step in (0, 1))
+    assert charged == [0.5, first["beta"]] and first["beta"] == 0.5 * 0.98          # no KL yet: as low as it may go
+    assert second["kl"] > 0.01 and second["beta"] == first["beta"] * 1.02            # far beyond its target
+
+
+def test_a_discount_reaches_the_returns(random_model, tokenizer):
+    config = train_ppo.Config(row=16, gamma=0.8, lam=0.7)
+    _, rollouts = rollouts_of(config, random_model, tokenizer)
+    train_ppo.estimate_advantages(config, RUN, rollouts, config.beta)
+    for r in rollouts:
+        advantages = objectives.gae(r.rewards, r.values, r.actions, r.last_action, 0.8, 0.7)
+        torch.testing.assert_close(r.returns[r.actions], (advantages + r.values)[r.actions])
+
+
+def test_the_log_describes_the_answers(random_model, tokenizer):
+    """Every figure of describe against a loop over the answers."""
+    torch.manual_seed(4)
+    config = train_ppo.Config(row=16, samples=2)
+    _, rollouts = rollouts_of(config, random_model, tokenizer)
+    train_ppo.estimate_advantages(config, RUN, rollouts, config.beta)
+    answers = [[] for _ in range(8)]
+    logprobs, entropies, scores = [0.0] * 8, [], [0.0] * 8
+    for half, r in enumerate(rollouts):
+        for at, answer in zip(r.actions.nonzero().tolist(), data.answer_of_token(r.batch, r.actions).tolist()):
+            at, k = tuple(at), 4 * half + answer
+            answers[k].append(int(r.batch.targets[at]))
+            logprobs[k] += float(r.logprobs[at] - r.ref_logprobs[at])
+            scores[k] += float(r.scores[at])
+            entropies.append(float(r.entropy[at]))
+    found = train_ppo.describe(RUN, loaded_with(tokenizer), [[0]] * 8, answers, rollouts)
+    tokens = sum(answers, [])
+    expected = {"kl": sum(logprobs) / 8, "reward": sum(scores) / 8, "entropy": sum(entropies) / len(tokens),
+                "length": len(tokens) / 8, "ended": sum(a[-1] == tokenizer.end for a in answers) / 8,
+                "repetition": sum(len(a) - len(set(a)) for a in answers) / len(tokens), "gold": 0.0}
+    assert abs(expected["kl"]) > 0.01 and {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+
 # ---- brakes and warnings -----------------------------------------------------------------------------------
 
 def test_epochs_end_when_the_policy_has_moved_far_enough(random_model, tokenizer, monkeypatch):
-    """kl_stop: the first update beyond it is the last of the iteration."""
+    """kl_stop: the first step beyond it is not taken, and is the last of the iteration."""
     moves = iter([0.01, 0.02, 0.05, 0.2, 0.3, 0.4])
     monkeypatch.setattr(train_ppo, "update", lambda *_: {"off": 0.0, "ratio": 1.0, "moved": next(moves)})
     config = train_ppo.Config(epochs=3, kl_stop=0.1)
     done = train_ppo.learn(config, RUN, None, None, None, [[], []], step=0)
-    assert done["updates"] == 4 and done["moved"] == pytest.approx(0.07)
+    assert done["updates"] == 3 and done["moved"] == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("kl_stop, taken", [(0.0, True), (1.0, True), (1e-4, False)])
+def test_a_step_that_would_go_too_far_is_not_taken(kl_stop, taken, random_model, tokenizer):
+    """Nor does its gradient stay behind. `moved` is KL(policy that sampled || policy that learns) by k3."""
+    config = train_ppo.Config(row=16, ptx=0.0, kl_stop=kl_stop)
+    model, (rollout, _) = rollouts_of(config, random_model, tokenizer)
+    train_ppo.estimate_advantages(config, RUN, [rollout], config.beta)
+    rollout.logprobs = rollout.logprobs + 0.1 * torch.randn_like(rollout.logprobs) * rollout.actions
+    model.policy.requires_grad_()
+    optimizer, before = train_ppo.build_optimizer(config, model), model.policy.embedding.weight.clone()
+    with torch.no_grad():
+        logits_NV = train_ppo.answer_logits(config, loaded_with(tokenizer), model.policy, rollout.batch, rollout.masks,
+                                            rollout.actions)
+        now = objectives.token_logprobs(logits_NV, rollout.batch.targets[rollout.actions])
+    then = rollout.logprobs[rollout.actions]
+    done = train_ppo.update(config, RUN, loaded_with(tokenizer), model, optimizer, [rollout], 0)
+    assert done["moved"] == pytest.approx(float(((now - then).exp() - 1 - (now - then)).mean()), rel=1e-3)
+    assert torch.equal(model.policy.embedding.weight, before) != taken
+    assert all(p.grad is None for p in model.policy.parameters())
 
 
 def test_warnings_name_what_has_changed():

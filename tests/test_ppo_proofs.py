@@ -185,7 +185,9 @@ FOR_NETWORKS = dict(max_new=2, minibatch_size=128, epochs=4, lr=3e-3, value_lr=1
 
 
 def reaches_the_optimum(structure: str, beta: float, bound: float, seed: int, steps: int, **more) -> None:
-    """From pi_ref to pi*: in total variation, and in the two terms of the objective."""
+    """From pi_ref to pi*: in total variation; and what expected reward, KL and J had to gain, but for a small
+    share of it (which the reference, to which all of it is missing, does not come near).
+    """
     torch.manual_seed(seed)
     settings = FOR_TABLES if structure == "table" else FOR_NETWORKS
     config = train_ppo.Config(beta=beta, no_end=NO_END, batch_size=128, row=48, ptx=0.0, steps=steps,
@@ -200,18 +202,21 @@ def reaches_the_optimum(structure: str, beta: float, bound: float, seed: int, st
             optimise(model, config)
         policy = answer_logprobs(model.policy, config.max_new)
         assert distance(policy, optimum) < bound
-        reward, best_reward = ((p.exp() * rewards).sum(1) for p in (policy, optimum))
+        reward, best_reward, first_reward = ((p.exp() * rewards).sum(1) for p in (policy, optimum, reference))
         kl, best_kl = ((p.exp() * (p - reference)).sum(1) for p in (policy, optimum))
-    torch.testing.assert_close(reward, best_reward, atol=2 * bound * float(rewards.abs().max()), rtol=0)
-    torch.testing.assert_close(kl, best_kl, atol=2 * bound, rtol=0.1)
+    share, gain = 0.03 if structure == "table" else 0.3, best_reward - beta * best_kl - first_reward
+    assert ((reward - best_reward).abs() < share * (best_reward - first_reward)).all()
+    assert ((kl - best_kl).abs() < share * best_kl).all()
     lost = best_reward - beta * best_kl - (reward - beta * kl)
-    assert (lost > -1e-5).all() and (lost < beta * bound).all()            # J at its maximum, and not above
+    assert (lost > -1e-5).all() and (lost < share * gain).all()            # J at its maximum, and not above
 
 
-@pytest.mark.parametrize("beta, steps", [(1.0, 100), (0.3, 130), (0.1, 200)])
-def test_a_table_reaches_the_closed_form(beta, steps):
-    """train_ppo's own functions bring a table of 40 answers to each of two prompts within 0.005 of pi*."""
-    reaches_the_optimum("table", beta, 0.005, seed=1, steps=steps)
+@pytest.mark.parametrize("beta, steps, seed", [(1.0, 100, 1), (0.3, 130, 2), (0.1, 500, 0), (0.1, 500, 2)])
+def test_a_table_reaches_the_closed_form(beta, steps, seed):
+    """train_ppo's own functions bring a table of 40 answers to each of two prompts within 0.005 of pi*. The
+    colder, the longer the way.
+    """
+    reaches_the_optimum("table", beta, 0.005, seed, steps)
 
 
 @pytest.mark.parametrize("beta, steps", [(1.0, 50), (0.3, 50), (0.1, 80)])
@@ -460,7 +465,7 @@ def test_the_first_minibatch_is_on_policy(structure, dtype, random_model, tokeni
     """
     run = common.Run(None, torch.device("cpu"), dtype)
     _, _, done = rollout_of(random_model, tokenizer, structure, run)
-    assert done["ratio"] == 1 and done["clip_fraction"] == 0
+    assert done["ratio"] == 1 and done["clip_fraction"] == 0 and done["moved"] == 0
     assert done["off"] == 0               # the largest |ratio - 1|: all log-ratios are 0, and so is the KL
 
 
@@ -510,6 +515,27 @@ def test_a_k1_penalty_in_the_reward_has_the_gradient_of_the_kl():
     score_function, = torch.autograd.grad((log_p.detach().exp() * k1 * log_p).sum(), x, retain_graph=True)
     of_kl, = torch.autograd.grad((log_p.exp() * (log_p - log_ref)).sum(), x)
     torch.testing.assert_close(score_function, of_kl, atol=1e-12, rtol=0)
+
+
+def test_k2_and_k3_in_the_reward_have_another():
+    """E[k2 grad log pi] = grad E[k2] - grad KL(pi || ref) and E[k3 grad log pi] = grad (KL(pi || ref) - KL(ref ||
+    pi)). Near the reference both are small beside the gradient of the KL: there they are no leash.
+    """
+    shift, ref = torch.randn(2, 6, dtype=torch.float64)
+    log_ref = torch.log_softmax(ref, 0)
+    for scale in (1.0, 0.05):
+        x = (ref + scale * shift).requires_grad_()
+        log_p = torch.log_softmax(x, 0)
+        k1, k2, k3 = objectives.kl_estimates(log_p, log_ref)
+        def gradient(y):
+            return torch.autograd.grad(y, x, retain_graph=True)[0]
+        def in_the_reward(k):
+            return gradient((log_p.detach().exp() * k.detach() * log_p).sum())
+        of_kl, of_reverse = gradient((log_p.exp() * k1).sum()), gradient((log_ref.exp() * (log_ref - log_p)).sum())
+        of_k2 = gradient((log_p.exp() * k2).sum())
+        torch.testing.assert_close(in_the_reward(k2), of_k2 - of_kl, atol=1e-12, rtol=0)
+        torch.testing.assert_close(in_the_reward(k3), of_kl - of_reverse, atol=1e-12, rtol=0)
+    assert max(in_the_reward(k2).norm(), in_the_reward(k3).norm()) < 0.1 * of_kl.norm()
 
 
 def test_adapted_beta_follows_its_formula():
