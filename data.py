@@ -75,7 +75,7 @@ def loss_weights(batch: Batch, structure: str, source_weight: float) -> Tensor:
 
 def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """Examples -> rows of nearly equal length, so that little padding is needed, and of about row_length
-    tokens: 4/5 of it to 3/2 on average, to twice where a size has two numbers, which are harder to balance.
+    tokens: 4/5 of it to 3/2 on average, to 5/2 where a size has two numbers, which are harder to balance.
 
     A size has one number for a decoder, two (source, target) for an encoder-decoder. Several numbers of rows
     are tried, since 64 examples fill 8 rows evenly but not 10; the one that computes the fewest tokens is
@@ -83,7 +83,7 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     """
     sizes = np.array(sizes)
     wanted = (sizes.sum(0) / row_length).max()
-    fewest = math.ceil(wanted / 2 if sizes.shape[1] == 2 else 2 * wanted / 3)
+    fewest = math.ceil(2 * wanted / (5 if sizes.shape[1] == 2 else 3))
     tries = {min(len(sizes), n) for n in range(fewest, int(5 * wanted / 4) + 2)}
     return min((_spread(sizes, n) for n in sorted(tries)), key=lambda rows: len(rows) * sum(
         few_sizes(int(n)) for n in np.max([sizes[row].sum(0) for row in rows], axis=0)))

@@ -321,8 +321,7 @@ def pairwise_reward_loss(scores_PK: Tensor, preference_PKK: Tensor) -> Tensor:
     scores (P, K): one per candidate of each prompt. preference (P, K, K) bool: [p, w, l] is True where
     candidate w is preferred to l; ties are False both ways. All pairs of a prompt count together as one
     example, as in the paper: its candidates share a forward pass, and a candidate that occurs in K - 1 pairs
-    is not learnt K - 1 times. n_pairs: those without a tie (the paper divides by all K (K - 1) / 2). A sum
-    over prompts: divide it by the prompts of the whole step.
+    is not learnt K - 1 times. A sum over prompts: divide it by the prompts of the whole step.
     """
     margin_PKK = scores_PK[:, :, None] - scores_PK[:, None, :]
     losses_PKK = torch.where(preference_PKK, -F.logsigmoid(margin_PKK), 0.0)

@@ -67,6 +67,7 @@ def relevance(flow: Flow) -> list[dict]:
                "reward model without mismatched answers": flow.ppo("ppo_not_mismatched", reward=plain),
                "reward model of two epochs": flow.ppo("ppo_two_epochs", reward=longer),
                "DPO": dpo, "PPO that starts from DPO": flow.ppo("ppo_from_dpo", init=dpo),
+               "PPO that starts from DPO, ptx 0.4": flow.ppo("ppo_from_dpo_ptx_0.4", init=dpo, ptx=0.4),
                "PPO that starts from DPO, ptx 0.5": flow.ppo("ppo_from_dpo_ptx_0.5", init=dpo, ptx=0.5)}
     models = {name: checkpoint.load_model(folder) for name, folder in folders.items()}
     rows = rows_of(study, rivals_of(study), {"sft": study.reference} | models)
