@@ -137,14 +137,18 @@ STARTS_FROM = {"sft": {"init": "pretrain"}, "rm": {"init": "sft"}, "dpo": {"init
 
 
 def command_for(stage: str, folder: str, tiny: bool = False) -> str:
-    """The command that trains a stage into this folder, from those of the stages that lie beside it."""
-    beside = Path(folder).parent
-    tiny = tiny or beside == Path("runs/tiny")
+    """The command that trains a stage into this folder: from what a run there started from, or from the
+    stages that lie beside it.
+    """
+    folder = Path(folder)
+    tiny = tiny or folder.parent == Path("runs/tiny")
+    usual, saved = Path("runs/tiny" if tiny else "runs"), read_json(folder / "config.json", absent={})
     command = f"python train_{stage}.py" + " --tiny" * tiny
-    if Path(folder) == Path("runs/tiny" if tiny else "runs", stage):
-        return command
-    return command + "".join(f" --{flag} {beside / name}" for flag, name in STARTS_FROM.get(stage, {}).items()
-                             if steps_of(beside / name)) + f" --out {folder}"
+    for flag, name in STARTS_FROM.get(stage, {}).items():
+        beside = folder.with_name(name)
+        start = saved.get(flag) or (str(beside) if steps_of(beside) else "")
+        command += f" --{flag} {start}" * (start not in ("", str(usual / name)))
+    return command + f" --out {folder}" * (folder != usual / stage)
 
 
 def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:

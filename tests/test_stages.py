@@ -497,7 +497,7 @@ def test_a_stage_that_was_stopped_is_told(flow, tmp_path, capsys):
     for folder in copies.values():
         (folder / "checkpoint-0000004.pt").unlink()
     checkpoint.load_tokenizer(str(copies["sft"]), "sft")
-    said = f"note: {copies['sft']} was stopped at step 2 of 4; to finish it: python train_sft.py --out {copies['sft']}"
+    said = f"note: {copies['sft']} was stopped at step 2 of 4; to finish it: python train_sft.py --init {runs}/pretrain --out {copies['sft']}"
     assert said in capsys.readouterr().err
     with pytest.raises(UserError, match="rm was stopped at step 2 of 4; finish it first: python train_rm.py"):
         train_ppo.main(dataclasses.replace(stages[3][1], reward=str(copies["rm"]), out=str(tmp_path / "ppo")))
