@@ -2,10 +2,11 @@
 
     python compare.py        trains them all, three seeds each; writes runs/compare/table.md and results.jsonl
 
-Every row reads the same tokens of text in pretraining, then the same pairs in fine-tuning, with loss on the
-answer alone. `loss_prefix_lm`: nats per token of the ends of held-out texts, given their beginnings, where
-that is what the row has learnt to write; `loss_sft`: per token of held-out human answers. The encoder-decoder
-has 1.65 times the parameters of a decoder, and each token passes half of them (Raffel et al. 2020, 3.2.2).
+Every row reads the same tokens of text in pretraining, at one of two learning rates (which is the better one
+depends on structure and objective), then the same pairs in fine-tuning, with loss on the answer alone.
+`loss_prefix_lm`: nats per token of the ends of held-out texts, given their beginnings, where that is what the
+row has learnt to write; `loss_sft`: per token of held-out human answers. The encoder-decoder has 1.65 times
+the parameters of a decoder, and each token passes half of them (Raffel et al. 2020, 3.2.2).
 """
 import contextlib
 import json
@@ -35,6 +36,7 @@ from generate import generate
 ROWS = (("causal", "next_token"), ("causal", "prefix_lm"), ("prefix", "prefix_lm"),
         ("prefix", "span_corruption"), ("prefix", "ul2"), ("prefix", "glm_130b"),
         ("encdec", "prefix_lm"), ("encdec", "span_corruption"), ("encdec", "bart"))
+RATES = (3e-3, 1e-3)                                # highest learning rates of pretraining
 WRITES_ON = ("next_token", "prefix_lm", "ul2")      # objectives that teach to go on with a text
 COLUMNS = {"parameters": "parameters", "loss_prefix_lm": "loss, prefix LM",
            "loss_sft": "loss, SFT", "gold": "gold, T = 1", "gold_greedy": "gold, greedy",
@@ -48,9 +50,7 @@ class Config:
     seeds: int = 3                      # runs of every row
     steps: int = 400                    # of pretraining
     sft_steps: int = 400                # of fine-tuning
-    lr: float = 3e-3                    # highest learning rate of pretraining, for decoders
-    encdec_lr: float = 1e-3             # the same for encoder-decoders, which cannot bear as high a one
-    sft_lr: float = 3e-3                # highest learning rate of fine-tuning
+    sft_lr: float = 3e-3                # its highest learning rate
     prompts: int = 200                  # held-out functions on which the answers are scored
     layers: int = 3                     # layers (encdec: of each stack)
     width: int = 128                    # width of the residual stream
@@ -62,21 +62,20 @@ class Config:
 
 # ---- one row, one seed -------------------------------------------------------------------------------------
 
-def measure(config: Config, structure: str, objective: str, seed: int) -> dict:
+def measure(config: Config, structure: str, objective: str, lr: float, seed: int) -> dict:
     """Pretrain, fine-tune, and score the answers."""
-    folder = Path(config.out) / f"{structure}-{objective}-{seed}"
+    folder = Path(config.out) / f"{structure}-{objective}-{lr:g}-{seed}"
     shared = dict(data=config.data, seed=seed, eval_every=0, save_every=0, dtype="fp32", device=config.device,
                   tiny=config.tiny)
     pretrain = train_pretrain.Config(**shared, out=str(folder / "pretrain"), structure=structure,
                                      objective=objective, steps=config.steps, layers=config.layers,
-                                     lr=config.encdec_lr if structure == "encdec" else config.lr,
-                                     width=config.width)
+                                     width=config.width, lr=lr)
     sft = train_sft.Config(**shared, init=pretrain.out, out=str(folder / "sft"), steps=config.sft_steps,
                            lr=config.sft_lr, source_weight=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as file, contextlib.redirect_stdout(file):
         first, second = train_pretrain.main(pretrain), train_sft.main(sft)
-        row = {"structure": structure, "objective": objective, "seed": seed,
+        row = {"structure": structure, "objective": objective, "lr": lr, "seed": seed,
                "seconds": first["seconds"] + second["seconds"], "loss_sft": second["loss"]}
         if objective in WRITES_ON:
             row["loss_prefix_lm"] = loss_of_ends(pretrain)
@@ -119,18 +118,19 @@ def one_thread() -> None:
 
 
 def table_of(results: list[dict]) -> str:
-    """A row per structure and objective: mean ± standard deviation over the seeds."""
-    lines = ["| " + " | ".join(("structure", "objective", *COLUMNS.values())) + " |",
-             "|" + "---|" * (2 + len(COLUMNS))]
-    for structure, objective in ROWS:
-        rows = [row for row in results if (row["structure"], row["objective"]) == (structure, objective)]
+    """A row per structure, objective and learning rate: mean ± standard deviation over the seeds."""
+    lines = ["| " + " | ".join(("structure", "objective", "learning rate", *COLUMNS.values())) + " |",
+             "|" + "---|" * (3 + len(COLUMNS))]
+    for structure, objective, lr in ((*row, lr) for row in ROWS for lr in RATES):
+        rows = [row for row in results
+                if (row["structure"], row["objective"], row["lr"]) == (structure, objective, lr)]
         cells = []
         for name in COLUMNS if rows else ():
             values = [row[name] for row in rows if name in row]
             digits = 0 if name == "parameters" else 3
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 and digits else ""
             cells.append(f"{np.mean(values):,.{digits}f}{spread}" if values else "")
-        lines.append("| " + " | ".join((structure, objective, *cells)) + " |")
+        lines.append("| " + " | ".join((structure, objective, f"{lr:g}", *cells)) + " |")
     return "\n".join(lines)
 
 
@@ -138,7 +138,7 @@ def main(config: Config) -> list[dict]:
     """All rows and seeds; those that results.jsonl holds already are not run again."""
     common.apply_tiny(config)
     at_least(1, config, "seeds", "steps", "sft_steps", "prompts", "layers", "width")
-    at_least(0, config, "lr", "encdec_lr", "sft_lr")
+    at_least(0, config, "sft_lr")
     for structure in dict(ROWS):                                       # sizes that no network can have
         model_file.ModelConfig(structure, 512, config.layers, 4, 2, config.width)
     train, _ = corpus.split(corpus.load_records(config.data, config.tiny))
@@ -151,8 +151,9 @@ def main(config: Config) -> list[dict]:
         raise UserError(f"{folder} holds results of other settings ({made_with.read_text()}); another --out?")
     common.write_atomically(made_with, json.dumps(settings).encode())
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["structure"], row["objective"], row["seed"]) for row in results}
-    wanted = [(*row, seed) for seed in range(1, config.seeds + 1) for row in ROWS if (*row, seed) not in done]
+    done = {(row["structure"], row["objective"], row["lr"], row["seed"]) for row in results}
+    wanted = [(*row, lr, seed) for seed in range(1, config.seeds + 1) for row in ROWS for lr in RATES
+              if (*row, lr, seed) not in done]
     vocab = train_pretrain.Config.TINY["vocab"] if config.tiny else train_pretrain.Config.vocab
     data.tokenizer_for(train, vocab)             # once, and not by every worker at the same time
     workers = hardware.cores() if hardware.choose_device(config.device).type == "cpu" else 1

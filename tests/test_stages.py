@@ -620,12 +620,12 @@ def test_structures_and_objectives_are_compared(package, no_curves, tmp_path):
     """One row of the comparison from pretraining to its cells; a second seed gives it a spread."""
     config = compare.Config(out=str(tmp_path), data=str(package), steps=3, sft_steps=3, prompts=4, layers=1,
                             width=32, device="cpu")
-    rows = [compare.measure(config, "prefix", "prefix_lm", seed) for seed in (1, 2)]
+    rows = [compare.measure(config, "prefix", "prefix_lm", 1e-3, seed) for seed in (1, 2)]
     (tmp_path / "settings.json").write_text(json.dumps(vars(config) | {"steps": 4}))
     with pytest.raises(UserError, match="results of other settings"):
         compare.main(config)
     table = compare.table_of(rows)
-    assert table.count("±") == 5 and "| prefix | prefix_lm |" in table and "| encdec | bart |" in table
+    assert table.count("±") == 5 and "| prefix | prefix_lm | 0.003 |\n| prefix | prefix_lm | 0.001 | " in table and "| encdec | bart | 0.003 |" in table
     mean = (rows[0]["loss_sft"] + rows[1]["loss_sft"]) / 2
     assert f"{mean:.3f}" in table and 0 <= rows[0]["gold"] <= 1 and rows[0]["loss_prefix_lm"] > 0
 
