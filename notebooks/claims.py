@@ -2,7 +2,7 @@
 
     python notebooks/claims.py                        what there is
     python notebooks/claims.py --only hackable        one of them (or several: a,b) over three seeds
-    python notebooks/claims.py --all                  all of them; about three hours on two cores
+    python notebooks/claims.py --all                  all of them; three to four hours on two cores
 
 A measurement trains what it needs (runs/claims/<seed>/..., shared by all, finished runs are not repeated),
 measures on held-out functions, and gives rows of figures: a JSON line each in records/claims.jsonl, which the
