@@ -296,8 +296,7 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step))
                for _ in range(config.samples)]
     answers = sample(config, run, loaded, model, prompts, step)
-    n = config.minibatch_size // run.world
-    size = min(n, config.micro_batch_size or n)
+    n, size = config.minibatch_size // run.world, answers_at_once(config, run)
     parts = [[slice(i, min(i + size, end)) for i in range(end - n, end, size)]
              for end in range(n, len(prompts) + 1, n)]
     minibatches = [[score(config, run, loaded, model, prompts[at], answers[at]) for at in part]
@@ -314,6 +313,12 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     if model.value is None:                            # RLOO and GRPO
         del metrics["value_loss"], metrics["explained_variance"]
     return metrics
+
+
+def answers_at_once(config: Config, run: common.Run) -> int:
+    """How many this rank reads in one forward pass: its share of a minibatch, or a micro-batch of it."""
+    n = config.minibatch_size // run.world
+    return min(n, config.micro_batch_size or n)
 
 
 def sample(config: Config, run: common.Run, loaded: Data, model, prompts, step: int) -> list:
@@ -523,10 +528,11 @@ def warnings_of(now: dict[str, float], first: dict[str, float]) -> list[str]:
 
 
 def show_answer(config: Config, run: common.Run, loaded: Data, model) -> None:
-    """One example. A step's prompts are answered and scored: an own reward that fails does so here, before
-    anything is written.
+    """One example; of an own reward, which may fail, as many as are read at once, before anything is
+    written.
     """
-    prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step=0))]
+    n = answers_at_once(config, run) if own_reward.is_function(config.reward) else 1
+    prompts = [example.source for example in run.mine(examples_of_step(config, loaded, step=0))][:n]
     answers = sample(config, run, loaded, model, prompts, step=0)
     rollout = score(config, run, loaded, model, prompts, answers)
     first = data.answer_of_token(rollout.batch, rollout.last_action) == 0
