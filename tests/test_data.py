@@ -308,7 +308,8 @@ def test_any_text_becomes_documents(text):
     records = corpus.read_text("a.txt", text)
     assert "".join("".join(record.text.split()) for record in records) == "".join(text.split())
     assert max(len(record.text) for record in records) <= 4002
-    assert len(records) >= min(10, len(text) / 200) and len({record.name for record in records}) == len(records)
+    assert (len(records) > 1) == (len(text) > 200) and len(records) >= min(10, len(text) / 200)
+    assert len({record.name for record in records}) == len(records)
     if "\n\n" not in text:
         assert "".join(record.text for record in records) == text
 
