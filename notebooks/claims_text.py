@@ -272,13 +272,10 @@ def before_sft(flow: Flow, sft: str) -> dict:
 
 def loss_on_prompt(flow: Flow) -> list[dict]:
     """Loss on the prompt too: a causal decoder's SFT learns to speak about the function from it."""
-    rows = []
-    for weight in (0.0, 0.1, train_sft.Config.source_weight):
-        usual = weight == train_sft.Config.source_weight
-        sft = flow.sft() if usual else flow.sft(f"sft_source_weight_{weight:g}", source_weight=weight)
-        rows.append({"row": f"source_weight {weight:g}", "loss": metrics_of(sft)[-1]["loss"],
-                     **summaries(flow, sft, n=flow.config.prompts)})
-    return rows
+    runs = {weight: flow.sft(f"sft_source_weight_{weight:g}", source_weight=weight) for weight in (0.0, 0.1)}
+    runs[train_sft.Config.source_weight] = flow.sft()
+    return [{"row": f"source_weight {weight:g}", "loss": metrics_of(sft)[-1]["loss"],
+             **summaries(flow, sft, n=flow.config.prompts)} for weight, sft in runs.items()]
 
 
 def sft_selection(flow: Flow) -> list[dict]:
