@@ -93,7 +93,7 @@ def table_of(record: list[dict], claim: str) -> str:
             values = [row[column] for row in rows if row["row"] == name and row.get(column) is not None]
             mean, half = mean_and_interval(values) if values else (math.nan, math.nan)
             digits = 0 if all(isinstance(value, int) for value in values) else 3
-            spread = "" if math.isnan(half) or not half else f" ± {half:.{digits}f}"
+            spread = f" ± {half:.{digits}f}" if len(set(values)) > 1 else ""
             cells.append(f"{mean:,.{digits}f}{spread}" if values else "")
         label = name + f" ({diverged} diverged)" * bool(diverged)
         lines.append("| " + " | ".join((label, *cells)) + " |")

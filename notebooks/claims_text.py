@@ -36,7 +36,9 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
                                                                layers=1, width=144),
               "causal, prefix LM, lr 0.001": dict(structure="causal", objective="prefix_lm", lr=1e-3),
               "encoder-decoder, as many layers in each stack, lr 0.001":
-                  dict(structure="encdec", objective="prefix_lm", lr=1e-3)}
+                  dict(structure="encdec", objective="prefix_lm", lr=1e-3),
+              "encoder-decoder, 1.03 times the parameters, lr 0.001":
+                  dict(structure="encdec", objective="prefix_lm", layers=1, width=144, lr=1e-3)}
 EQUAL_ARITHMETIC = {name: STRUCTURES[name] for name in ("causal, prefix LM", "causal, prefix LM, lr 0.001")}
 EQUAL_ARITHMETIC |= {f"encoder-decoder, two layers of 136 in each stack{rate}":
                      dict(structure="encdec", objective="prefix_lm", layers=2, width=136, **settings)
@@ -147,7 +149,10 @@ def judge_of(flow: Flow) -> labeller.Labeller:
 @torch.no_grad()
 def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict[str, float]:
     """Held-out texts cut after 32 tokens: nats per token of what follows, near and far; the share of repeated
-    word pairs in sampled continuations; milliseconds per generated token.
+    word pairs in sampled continuations, and what the judge thinks of them; milliseconds per generated token.
+
+    The labeller knows lines of documentation alone. The judge of a continuation is the seed's base model,
+    which has read five times as much: its nats per token of the sampled text, and of what the author wrote.
     """
     _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=10_000)
     whole = BEGINNING + ends[-1]
@@ -161,7 +166,14 @@ def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict
                        generator=torch.Generator().manual_seed(flow.seed))
     lines = [loaded.tokenizer.decode(answer) for answer in written]
     pairs = [evaluate.distinct([line]) for line in lines if len(line.split()) > 3]
+    judge = checkpoint.load_model(flow.pretrain())
+    room = train_pretrain.Config.context - BEGINNING - 1               # the judge has read no longer texts
+    human, judged = [example.targets[0] for example in examples[:50]], {}
+    for name, answers in (("judged", written), ("judged_human", human)):
+        read = [data.Example(text, [answer[:room]]) for text, answer in zip(beginnings, answers)]
+        judged[name] = float(nats_of(judge, read, loaded.tokenizer)[0].mean())
     return {**found, "texts": len(examples), "written": float(np.mean([len(answer) for answer in written])),
+            **judged,
             "repeated_pairs": 1 - float(np.mean(pairs)) if pairs else None,
             "ms_per_generated_token": ms_per_token_generated(model, beginnings, loaded.tokenizer, ends[-1])}
 
