@@ -307,9 +307,9 @@ def language_model_loss(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor 
     """L = - sum over the N counted tokens of weight_n log p(target_n). A sum: divide it by the step's whole
     weight.
 
-    Counted are, in next-token pretraining, all tokens; in SFT the response and its end token. Dividing by
-    anything else, for instance each micro-batch by its own count, would weigh the tokens of short
-    micro-batches more than those of long ones.
+    Counted are, in next-token pretraining, all tokens; in SFT the response, its end token, and the prompt's
+    tokens times source_weight (0: not at all). Dividing by anything else, for instance each micro-batch by its
+    own count, would weigh the tokens of short micro-batches more than those of long ones.
     """
     logprobs_N = token_logprobs(logits_NV, targets_N)
     return -(logprobs_N if weights_N is None else logprobs_N * weights_N).sum()

@@ -197,6 +197,10 @@ def draw_over_optimisation(rows: list[dict], path: Path) -> None:
         (d, reward), (_, gold) = (gained(rows, kind, name) for name in ("reward", "gold"))
         axis.plot(d, reward / 5, "o", color="#ee7733", markersize=5, label="reward model's score gained / 5")
         axis.plot(d, gold, "^", color="#0077bb", markersize=5, label="gold score gained")
+        for seed in dict.fromkeys(row["seed"] for row in rows):        # a thin line joins the points of a seed
+            for name, scale in (("reward", 5), ("gold", 1)):
+                of_seed = gained([row for row in rows if row["seed"] == seed], kind, name)
+                axis.plot(of_seed[0], of_seed[1] / scale, color="#999999", linewidth=0.7, zorder=0)
         alpha, beta = fit_of_gold(d[d > 0], gold[d > 0], logarithm)
         x = np.linspace(0.05, d.max(), 200)
         y = x * (alpha - beta * (np.log(x) if logarithm else x))
