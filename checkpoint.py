@@ -183,6 +183,8 @@ def open_folder(folder: Path, config) -> dict | None:
     folder. A run made with other settings is not touched, unless --overwrite says so: then open_run
     removes it, once everything else is known to be right.
     """
+    if config.overwrite and folder.resolve() in {Path(start).resolve() for start in started_from(config)}:
+        raise UserError(f"--overwrite would remove {folder}, where this run starts; choose another --out")
     state = latest(folder) if not config.overwrite else None
     if state is None:
         if config.resume == "must":
@@ -190,6 +192,8 @@ def open_folder(folder: Path, config) -> dict | None:
         if steps_of(folder) and not config.overwrite:
             raise UserError(f"{folder} holds checkpoints, none of which can be read; --overwrite begins anew")
         return None
+    if "optimizer" not in state:
+        raise UserError(f"{folder} holds imported weights; start from them with --init, and another --out")
     if config.resume == "never":
         raise UserError(f"{folder} holds a run already; choose another --out, or --overwrite it")
     now = dataclasses.asdict(config)
@@ -222,7 +226,7 @@ def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     if getattr(config, "init", ""):              # what an earlier stage held out stays held out
         names = names | held_out_names(config.init)
-    (run.folder / "held_out.json").write_text(json.dumps(sorted(names), indent=0) + "\n")
+    write_atomically(run.folder / "held_out.json", (json.dumps(sorted(names), indent=0) + "\n").encode())
 
 
 def restore(state: dict, **parts: Any) -> int:

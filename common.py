@@ -96,13 +96,11 @@ class Run:
         """The last line of the log, where nothing is left to do: the checkpoint is the run's last, and that
         line was written after it.
         """
-        path = self.folder / "metrics.jsonl"
-        lines = whole_lines(path) if state and state["step"] >= steps else []
-        last = json.loads(lines[-1]) if lines else None
-        if last is None or last["step"] < state["step"]:
+        rows = read_log(self.folder / "metrics.jsonl") if state and state["step"] >= steps else []
+        if not rows or rows[-1]["step"] < state["step"]:
             return None
         self.print(f"{self.folder} is finished already; --overwrite trains it anew, more --steps go on")
-        return last
+        return rows[-1]
 
     def finish(self, following: str) -> None:
         """The last words of a stage."""
@@ -113,7 +111,7 @@ class Run:
 
     def print_example(self, text: str) -> None:
         indented = text.replace("\n", "\n  ")
-        self.print(f"One example; between [[ and ]] what is to be predicted, or scored:\n  {indented}")
+        self.print(f"One example; between [[ and ]] the target, or what is scored:\n  {indented}")
 
     def write_samples(self, rows: list[tuple[str, str, str]], titles: tuple = ("human", "model")) -> None:
         """samples.txt: prompt, what a human wrote (if anything), what the model wrote, or two texts of other
@@ -142,11 +140,11 @@ def first_question(folder: str, data: str) -> str:
     return f'python generate.py --run {folder} --prompt "{prompt}"'
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a log, none where there is no file. A last one that was cut short, where the disk was full
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log, none where there is no file. A last line that was cut short, where the disk was full
     or the power went, is left out.
     """
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def set_up(config) -> Run:
@@ -306,13 +304,12 @@ class Log:
         self.run, self.path = run, run.folder / "metrics.jsonl"
         self.header: list[str] = []
         self.interval: dict[str, list[float]] = {}
-        if run.rank == 0:                      # resumed: forget what came after the checkpoint
-            before = whole_lines(self.path) if start else []
-            kept = [line for line in before if json.loads(line)["step"] <= start]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-            run.seconds_before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        lines = whole_lines(self.path) if start else []
-        self.first, self.last = (json.loads(lines[i]) if lines else {} for i in (0, -1))
+        # resumed: forget what came after the checkpoint
+        rows = [row for row in read_log(self.path) if row["step"] <= start] if start else []
+        if run.rank == 0:
+            write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        self.first, self.last = (rows[0], rows[-1]) if rows else ({}, {})
+        run.seconds_before = self.last.get("seconds", 0.0)
 
     def add(self, metrics: dict[str, float]) -> None:
         """Remember one step's figures: a line shows their mean over its interval, or over what a resumed run
@@ -337,7 +334,7 @@ class Log:
 
     def curves(self) -> None:
         """Draw every column against the step."""
-        rows = [json.loads(line) for line in whole_lines(self.path)] if self.run.rank == 0 else []
+        rows = read_log(self.path) if self.run.rank == 0 else []
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds")))
         if not names:
             return

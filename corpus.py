@@ -222,20 +222,20 @@ def load_place(path: str) -> list[Record]:
     """The records of one file, or of the Python sources in a folder."""
     place = Path(path)
     if not place.exists():
-        raise UserError(f"--data {path}: there is no such file")
+        raise UserError(f"{path}: there is no such file")
     if place.is_dir() or place.suffix == ".py":
         if records := scan(python_files(place, place.stem)):
             return records
-        raise UserError(f"--data {path}: it holds no docstrings" + " and no .jsonl" * place.is_dir())
+        raise UserError(f"{path}: it holds no docstrings" + " and no .jsonl" * place.is_dir())
     if place.suffix not in (".jsonl", *TEXTS):
-        raise UserError(f"--data {path}: it must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
+        raise UserError(f"{path}: it must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
     try:
         content = place.read_text(encoding="utf-8-sig")                # some editors put a mark in front
     except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: byte {error.start} is not UTF-8; convert the file") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
     records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
     if not records:
-        raise UserError(f"--data {path}: it is empty")
+        raise UserError(f"{path}: it is empty")
     return records
 
 
@@ -310,7 +310,7 @@ def fields_of(row: dict) -> list[dict[str, str]]:
     if "messages" in keys and not {"chosen", "rejected"} <= keys:
         return pairs_of_dialogue(row["messages"])
     if {"instruction", "output"} <= keys:
-        more = f"\n\n{row['input']}" if row.get("input") else ""
+        more = f"\n\n{text('input')}" if row.get("input") else ""
         return [{"prompt": text("instruction") + more + "\n", "response": text("output")}]
     if {"chosen", "rejected"} <= keys and "prompt" not in keys:
         return [common_prompt(text("chosen"), text("rejected"))]
@@ -327,7 +327,7 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
     for message in messages if isinstance(messages, list) else [messages]:
         message = message if isinstance(message, dict) else {}
         role, content = message.get("role"), message.get("content")
-        if role not in TURN or not isinstance(content, str):
+        if role not in [*TURN] or not isinstance(content, str):
             raise ValueError("'messages' must be a list of objects with role and content, "
                              f"a role being one of {', '.join(TURN)}")
         if role == "assistant":

@@ -4,7 +4,7 @@
 """
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
@@ -56,9 +56,8 @@ class Batch:
     one_per_row: bool = False    # every row holds one source with one target
 
     def to(self, device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-                        for name, x in moved.items()})
+                        for name, x in vars(self).items()})
 
     def padding(self) -> tuple[int, int]:
         """(padding tokens, all tokens) of the rows that the model computes."""
@@ -422,13 +421,6 @@ def require(examples: list[list], at_least: int, config, wanted: str, most: int 
         raise UserError(f"{config.data or 'the default corpus'} gives {train:,} training and {held_out:,} "
                         f"held-out sequences of at most {most or config.context} tokens; wanted are "
                         f"{wanted}, {at_least:,} for a step: {mend}, raise context, or lower batch_size")
-
-
-def require_tokens(pieces: list[list[int]], at_least: int, config) -> None:
-    n = sum(map(len, pieces))
-    if n < at_least:
-        raise UserError(f"the text has {n:,} tokens; one step wants batch_size x context = {at_least:,}: "
-                        "lower one of them, or bring more text")
 
 
 def answer_of_token(batch: Batch, where_BT: Tensor) -> Tensor:

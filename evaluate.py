@@ -90,7 +90,8 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     most = models["sft"].config.max_positions                   # learned ones; 0: as many as it takes
     rows = [row for row in rows if not most or len(row.source) + tokenizer.around + config.max_new <= most]
     if not rows:
-        raise UserError(f"--data {config.data}: the report wants held-out pairs (prompt + response)")
+        raise UserError(f"{config.data or 'the default corpus'}: the report wants held-out pairs "
+                        "(prompt + response)")
     order = np.random.default_rng(config.seed).permutation(len(rows))[:config.prompts]
     prompts, human = zip(*((rows[i].source, rows[i].targets[0]) for i in order))
     texts = [tokenizer.decode(prompt) for prompt in prompts]
@@ -197,11 +198,10 @@ def overlap_f1(line: str, human: str) -> float:
     return 2 * common_words / max(1, sum(ours.values()) + sum(theirs.values()))
 
 
-def win_rate(study: Study, golds: np.ndarray, rivals: np.ndarray) -> float:
+def win_rate(golds: np.ndarray, rivals: np.ndarray) -> float:
     """Share of prompts on which the labeller prefers these answers; a tie is half a win."""
-    wins = [1.0 if study.labeller.prefers(a, b) else 0.0 if study.labeller.prefers(b, a) else 0.5
-            for a, b in zip(golds, rivals)]
-    return float(np.mean(wins))
+    gaps = golds - rivals
+    return float(np.where(abs(gaps) < labeller_file.TIE, 0.5, gaps > 0).mean())
 
 
 def scores_of(study: Study, answers: list) -> tuple[np.ndarray, dict[str, float]]:
@@ -253,7 +253,7 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
     if study.reward:
         row["reward"] = rewards_of(repeated(study, len(answers) // len(study.prompts)), answers).mean()
     for name in ("human", "sft"):
-        row[f"win_{name}"] = win_rate(study, golds, np.resize(rivals[name], len(golds)))
+        row[f"win_{name}"] = win_rate(golds, np.resize(rivals[name], len(golds)))
     row["distinct_2"] = distinct([study.tokenizer.decode(answer) for answer in answers[:len(study.prompts)]])
     row["length"] = np.mean([len(answer) for answer in answers])
     row["ended"] = np.mean([answer[-1] == study.tokenizer.end for answer in answers])
@@ -266,8 +266,8 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
 
 def last_line(folder: Path, name: str) -> dict:
     """The last line of a run's log that has this figure. {}: none has, as in an imported or a stopped run."""
-    lines = map(json.loads, reversed(common.whole_lines(folder / "metrics.jsonl")))
-    return next((line for line in lines if name in line), {})
+    rows = reversed(common.read_log(folder / "metrics.jsonl"))
+    return next((row for row in rows if name in row), {})
 
 
 def collect_answers(study: Study, models: dict) -> tuple[dict[str, list], dict[str, list]]:

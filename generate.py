@@ -4,7 +4,6 @@
     python generate.py --run runs/sft --prompts functions.txt --temperature 0     one prompt a line
     python generate.py --run runs/ppo                                             asks for prompts
 """
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +49,6 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
     return torch.searchsorted(cumulative_BV, drawn_B1 * total_B1, right=True).squeeze(1)
 
 
-def left_padded(rows: list[list[int]], pad: int, device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, P) with every row's end at the right edge, and the number of padding tokens (B,) before
-    it.
-    """
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    return tokens, torch.tensor([longest - len(row) for row in rows], device=device)
-
-
 class Decoding:
     """A batch of prompts being continued: read() takes the next tokens in and gives the logits that follow
     them.
@@ -68,7 +58,10 @@ class Decoding:
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
         begin, source_end, target_begin = tokenizer.frame(self.structure)
         sources = [[*begin, *prompt, *source_end] for prompt in prompts]
-        self.tokens, self.n_pad = left_padded(sources, tokenizer.pad, device)
+        n_pad = [max(map(len, sources)) - len(source) for source in sources]     # every row ends at the right
+        self.tokens = torch.tensor([[tokenizer.pad] * n + row for n, row in zip(n_pad, sources)],
+                                   device=device)
+        self.n_pad = torch.tensor(n_pad, device=device)
         self.memory, self.cross = None, None
         opened = torch.tensor(target_begin, dtype=torch.long, device=device).repeat(len(prompts), 1)
         if self.structure == "encdec":
@@ -296,11 +289,6 @@ class Config:
     device: str = "auto"                # auto, cpu, cuda, mps
 
 
-def as_trained(prompt: str) -> str:
-    """A bare function signature gets its line of words; any other prompt stays as it is."""
-    return function_prompt(prompt) if function_name(prompt) and "\n" not in prompt.strip() else prompt
-
-
 def trained_context(folder: str) -> int:
     """Tokens of the longest sequence in a stage's training; 0 where the folder does not tell."""
     return read_json(Path(folder) / "config.json", absent={}).get("context", 0)
@@ -309,8 +297,6 @@ def trained_context(folder: str) -> int:
 def main(config: Config) -> list[str]:
     """Answers to the prompt, to the file's prompts, or to whatever is typed. Returns them."""
     at_least(0, config, "temperature", "top_k", "beams")
-    if config.temperature == math.inf:
-        raise UserError("temperature is inf; it must be a number")
     at_least(1, config, "max_new", "samples")
     check_seed(config)
     if not 0 < config.top_p <= 1:
@@ -325,7 +311,9 @@ def main(config: Config) -> list[str]:
     generator, trained = torch.Generator(device).manual_seed(config.seed), trained_context(config.run)
 
     def answer(prompts: list[str]) -> list[str]:
-        prompts = [as_trained(prompt) for prompt in prompts for _ in range(config.samples)]
+        prompts = [function_prompt(prompt)                   # a bare signature gets its line of words
+                   if function_name(prompt) and "\n" not in prompt.strip() else prompt
+                   for prompt in prompts for _ in range(config.samples)]
         tokens = [tokenizer.encode(prompt) for prompt in prompts]
         if trained and (longest := max(map(len, tokens)) + tokenizer.around) > trained:
             print(f"note: {longest} tokens are more than {config.run} has ever read, {trained}",

@@ -150,10 +150,6 @@ class Labeller:
     def golds(self, prompts: Iterable[str], lines: Iterable[str]) -> list[float]:
         return [self.gold(prompt, line) for prompt, line in zip(prompts, lines)]
 
-    def prefers(self, gold_a: float, gold_b: float) -> bool:
-        """a before b; a gap below TIE is no preference."""
-        return gold_a - gold_b >= TIE
-
 
 def can_judge(records: list[Record]) -> bool:
     """Whether at least half of the prompts are signatures of functions: of others the guideline says

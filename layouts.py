@@ -4,7 +4,6 @@ A layout reads config.json into a ModelConfig and is a table from our modules to
 is in weights.py; a new family, or another author's names for it, is a new row of LAYOUTS.
 """
 import dataclasses
-import re
 from typing import Callable, NamedTuple
 
 import torch

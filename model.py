@@ -21,7 +21,7 @@ from torch import Tensor
 import masks as masks_module
 from masks import Masks
 from positions import Alibi, Biased, RelativeBias, rotate, rotation, with_bias
-from presets import ModelConfig, preset, preset_for, scaled                 # noqa: F401 (used from here)
+from presets import ModelConfig, preset, preset_for                 # noqa: F401 (used from here)
 
 # ---- attention: the text, and the routes that compute the same ---------------------------------------------
 

@@ -142,15 +142,14 @@ def sentences(text: list[int], ends: set[int]) -> list[tuple[int, int]]:
     return list(zip([0] + starts, starts + [len(text)]))
 
 
-def text_infilling(text: list[int], rng: np.random.Generator, mask: int, density: float = 0.3,
-                   mean_span: float = 3.0) -> Pair:
+def text_infilling(text: list[int], rng: np.random.Generator, mask: int) -> Pair:
     """BART's best noise (Lewis et al. 2020, section 2.2): Poisson(3) spans, each replaced by one mask.
 
     30 % of the tokens (section 5.1), rounded up; a span of length 0 inserts a mask where nothing is missing.
     Target: the text. The paper says lambda = 3; the arguments that its authors posted say 3.5, and replace a
     tenth of the masks by random tokens, which is left out here.
     """
-    spans = poisson_spans(len(text), math.ceil(density * len(text)), mean_span, 0, rng)
+    spans = poisson_spans(len(text), math.ceil(0.3 * len(text)), 3.0, 0, rng)
     return Pair(blank_out(text, spans, mask)[0], text)
 
 
@@ -160,11 +159,10 @@ def sentence_permutation(text: list[int], rng: np.random.Generator, ends: set[in
     return Pair([token for i in rng.permutation(len(spans)) for token in text[slice(*spans[i])]], text)
 
 
-def bart(text: list[int], rng: np.random.Generator, mask: int, ends: set[int], density: float = 0.3,
-         mean_span: float = 3.0) -> Pair:
+def bart(text: list[int], rng: np.random.Generator, mask: int, ends: set[int]) -> Pair:
     """What BART was trained with: its sentences permuted, then infilling (Lewis et al. 2020, section 5.1)."""
     permuted = sentence_permutation(text, rng, ends).source
-    return Pair(text_infilling(permuted, rng, mask, density, mean_span).source, text)
+    return Pair(text_infilling(permuted, rng, mask).source, text)
 
 
 def token_masking(text: list[int], rng: np.random.Generator, mask: int, density: float = 0.15) -> Pair:
@@ -308,8 +306,8 @@ def language_model_loss(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor 
     weight.
 
     Counted are, in next-token pretraining, all tokens; in SFT the response, its end token, and the prompt's
-    tokens times source_weight (0: not at all). Dividing by anything else, for instance each micro-batch by its
-    own count, would weigh the tokens of short micro-batches more than those of long ones.
+    tokens times source_weight (0: not at all). Dividing by anything else, for instance each micro-batch by
+    its own count, would weigh the tokens of short micro-batches more than those of long ones.
     """
     logprobs_N = token_logprobs(logits_NV, targets_N)
     return -(logprobs_N if weights_N is None else logprobs_N * weights_N).sum()

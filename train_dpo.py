@@ -236,8 +236,8 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     common.check_finite(step, loss=total, gradient=norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {"train_loss": float(run.sum(total) / counted), "gradient": float(norm), "counted": float(counted),
-            "padding": common.padding_share(batches)}
+    return {"train_loss": float(run.sum(total) / counted), "grad_norm": float(norm),
+            "counted": float(counted), "padding": common.padding_share(batches)}
 
 
 # ---- 8. log ------------------------------------------------------------------------------------------------

@@ -193,9 +193,9 @@ class FourModels(torch.nn.Module):
         self.config = policy.config
         self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
         self.reward, self.value = reward.requires_grad_(False), None
-        if value_init == "reward":
+        if value_init == "reward" and not isinstance(reward, own_reward.RewardFunction):
             self.value = copy.deepcopy(reward).requires_grad_(True)
-        elif value_init == "sft":
+        elif value_init != "none":
             self.value = model_file.ScalarModel(copy.deepcopy(policy)).requires_grad_(True)
             torch.nn.init.zeros_(self.value.head.weight)
 
@@ -204,8 +204,7 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
     policy = checkpoint.load_language_model(config.init, config.context)
     value_init = config.value_init if config.advantage == "gae" else "none"
     if own_reward.is_function(config.reward):
-        model = FourModels(policy, own_reward.RewardFunction(config.reward, tokenizer, run),
-                           value_init.replace("reward", "sft"))
+        reward = own_reward.RewardFunction(config.reward, tokenizer, run)
     else:
         reward = checkpoint.load_model(config.reward, config.context)
         if not isinstance(reward, model_file.ScalarModel):
@@ -214,7 +213,7 @@ def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.
         if reward.config.structure != policy.config.structure:
             raise UserError(f"{config.reward} is {reward.config.structure}, {config.init} is "
                             f"{policy.config.structure}: they read an answer from one row, laid out for both")
-        model = FourModels(policy, reward, value_init)
+    model = FourModels(policy, reward, value_init)
     networks = [network for network in model.children() if not isinstance(network, own_reward.RewardFunction)]
     run.print(f"{model.config.structure}: {model_file.parameter_count(policy):,} parameters, "
               f"{len(networks)} times")
@@ -253,8 +252,9 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
                                 config.seed)
         result[name] = float(np.mean(golds_of(loaded, prompts, answers)))
     nats = counted = 0
-    for start in range(0, len(loaded.held_out) if loaded.pairs else 0, 64):
-        examples = run.mine(loaded.held_out[start:start + 64])
+    answered = [example for example in loaded.held_out if example.targets]
+    for start in range(0, len(answered), 64):
+        examples = run.mine(answered[start:start + 64])
         if not examples:
             continue
         batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
@@ -418,15 +418,10 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
             if off > 1e-3 * (1 if run.dtype == torch.float32 else 100):
                 raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: what learns is "
                             "not the policy that was scored")
-        if stopped := too_far(config, done[-1]["moved"]):
+        if stopped := 0 < config.kl_stop < done[-1]["approx_kl"]:         # as in Spinning Up
             break
     means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
     return {**means, "ratio": done[0]["ratio"], "updates": len(done) - stopped}
-
-
-def too_far(config: Config, moved: float) -> bool:
-    """Whether this step is not to be taken, nor any after it in the iteration (as in Spinning Up)."""
-    return 0 < config.kl_stop < moved
 
 
 def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
@@ -457,16 +452,16 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
                 (value_loss / counted * run.world).backward()
         ratio_N = (logprobs_N - old_logprobs_N).detach().exp()
         clipped = ((ratio_N - 1).abs() > config.ratio_clip).sum()
-        moved = objectives.kl_estimates(old_logprobs_N, logprobs_N.detach())[2].sum()
-        totals += torch.stack([policy_loss.detach(), value_loss.detach(), clipped, ratio_N.sum(), moved])
+        kl = objectives.kl_estimates(old_logprobs_N, logprobs_N.detach())[2].sum()
+        totals += torch.stack([policy_loss.detach(), value_loss.detach(), clipped, ratio_N.sum(), kl])
         off = max(off, float((ratio_N - 1).abs().max()))
     ptx_loss = mix_in(config, run, loaded, model.policy, number) if mixed else 0.0
     norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip or math.inf)
              for network in networks_that_learn(model).values()]
     common.check_finite(step, loss=totals.sum() + ptx_loss, gradient=sum(norms))
-    names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "moved")
+    names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "approx_kl")
     metrics = dict(zip(names, (run.sum(totals) / counted).tolist()))
-    if not too_far(config, metrics["moved"]):
+    if not 0 < config.kl_stop < metrics["approx_kl"]:
         optimizer.step()
     optimizer.zero_grad()
     return {**metrics, "ptx_loss": float(ptx_loss), "off": off}
@@ -475,14 +470,18 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
 def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -> float:
     """PPO-ptx: ptx times the loss on human answers keeps the policy from forgetting how people write."""
     structure = common.unwrap(policy).config.structure
-    examples = run.mine(pairs_of_update(config, loaded, number))
-    batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
-    counted = run.sum(batch.loss_mask.sum())
-    with run.autocast():
-        logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
-        loss = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
-    (config.ptx * loss / counted * run.world).backward()
-    return float(run.sum(loss.detach()) / counted)
+    parts = run.micro_batches(pairs_of_update(config, loaded, number), config.micro_batch_size)
+    batches = [data.lay_out(part, structure, config.row, loaded.tokenizer) for part in parts]
+    counted, total = run.sum(sum(batch.loss_mask.sum() for batch in batches)), 0.0
+    for i, batch in enumerate(batches):
+        batch = batch.to(run.device)
+        with common.gradients_meet(policy, last=i == len(batches) - 1):
+            with run.autocast():
+                logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)
+                loss = objectives.language_model_loss(logits_NV, batch.targets[batch.loss_mask])
+            (config.ptx * loss / counted * run.world).backward()
+        total += loss.detach()
+    return float(run.sum(total) / counted)
 
 
 # ---- 8. log ------------------------------------------------------------------------------------------------

@@ -108,7 +108,9 @@ def load_data(config: Config, run: common.Run) -> Data:
     sequences = [data.pieces(tokenizer, part, config.context) for part in (train, held_out)]
     data.require(sequences, config.batch_size, config,
                  wanted="texts (.txt, or .jsonl with text)")
-    data.require_tokens(sequences[0], config.batch_size * config.context, config)
+    if (n := sum(map(len, sequences[0]))) < (wanted := config.batch_size * config.context):
+        raise UserError(f"the text has {n:,} tokens; one step wants batch_size x context = {wanted:,}: "
+                        "lower one of them, or bring more text")
     chosen = [sequences[1][i] for i in rng.permutation(len(sequences[1]))[:config.eval_size]]
     objective = data.objective_of(config.objective, tokenizer, config.context)
     chosen = [objective(piece, rng) for piece in chosen]
@@ -201,8 +203,8 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
     common.check_finite(step, loss=total, gradient=norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {"train_loss": float(run.sum(total) / counted), "gradient": float(norm), "counted": float(counted),
-            "padding": common.padding_share(batches)}
+    return {"train_loss": float(run.sum(total) / counted), "grad_norm": float(norm),
+            "counted": float(counted), "padding": common.padding_share(batches)}
 
 
 # ---- 8. log ------------------------------------------------------------------------------------------------

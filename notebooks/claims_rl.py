@@ -13,6 +13,7 @@ from flow import Flow, data_of, metrics_of, rivals_of, row_of_best, rows_of, wri
 import checkpoint
 import corpus
 import evaluate
+import labeller
 import train_dpo
 import train_pretrain
 import train_ppo
@@ -197,7 +198,7 @@ def draw_over_optimisation(rows: list[dict], path: Path) -> None:
         (d, reward), (_, gold) = (gained(rows, kind, name) for name in ("reward", "gold"))
         axis.plot(d, reward / 5, "o", color="#ee7733", markersize=5, label="reward model's score gained / 5")
         axis.plot(d, gold, "^", color="#0077bb", markersize=5, label="gold score gained")
-        for seed in dict.fromkeys(row["seed"] for row in rows):        # a thin line joins the points of a seed
+        for seed in dict.fromkeys(row["seed"] for row in rows):       # a thin line joins the points of a seed
             for name, scale in (("reward", 5), ("gold", 1)):
                 of_seed = gained([row for row in rows if row["seed"] == seed], kind, name)
                 axis.plot(of_seed[0], of_seed[1] / scale, color="#999999", linewidth=0.7, zorder=0)
@@ -296,7 +297,7 @@ def human_lines_swapped(flow: Flow, pairs: list[corpus.Record]) -> str:
     compared = [(r.prompt, r.response, pairs[i].response) for r, i in zip(pairs, others)]
     return write_records(flow.folder / "human_lines_swapped.jsonl", [
         {"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in compared
-        if judge.prefers(judge.gold(prompt, right), judge.gold(prompt, wrong))])
+        if judge.gold(prompt, right) - judge.gold(prompt, wrong) >= labeller.TIE])
 
 
 def accuracy(rm: str, **settings) -> dict[str, float]:

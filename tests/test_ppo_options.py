@@ -245,9 +245,10 @@ def test_an_own_reward_that_fails_on_the_way_is_a_fault(tokenizer, tmp_path):
 # ---- the language-model loss mixed in, a KL target, a discount, the log's figures ---------------------------
 
 @pytest.mark.parametrize("ptx", [0.3, 1.0])
-def test_ptx_adds_the_gradient_of_the_mean_loss(ptx, random_model, tokenizer):
+@pytest.mark.parametrize("micro_batch_size", [0, 3])
+def test_ptx_adds_the_gradient_of_the_mean_loss(ptx, micro_batch_size, random_model, tokenizer):
     policy = random_model("causal").requires_grad_()
-    config = train_ppo.Config(ptx=ptx, ptx_size=4, row=16)
+    config = train_ppo.Config(ptx=ptx, ptx_size=4, row=16, micro_batch_size=micro_batch_size)
     loaded = loaded_with(tokenizer)
     loaded.pairs = [data.Example(random_tokens(3), [random_tokens(n) + [tokenizer.end]]) for n in (2, 5, 3, 4)]
     loss = train_ppo.mix_in(config, RUN, loaded, policy, 0)
@@ -334,15 +335,15 @@ def test_the_log_describes_the_answers(random_model, tokenizer):
 def test_epochs_end_when_the_policy_has_moved_far_enough(random_model, tokenizer, monkeypatch):
     """kl_stop: the first step beyond it is not taken, and is the last of the iteration."""
     moves = iter([0.01, 0.02, 0.05, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(train_ppo, "update", lambda *_: {"off": 0.0, "ratio": 1.0, "moved": next(moves)})
+    monkeypatch.setattr(train_ppo, "update", lambda *_: {"off": 0.0, "ratio": 1.0, "approx_kl": next(moves)})
     config = train_ppo.Config(epochs=3, kl_stop=0.1)
     done = train_ppo.learn(config, RUN, None, None, None, [[], []], step=0)
-    assert done["updates"] == 3 and done["moved"] == pytest.approx(0.07)
+    assert done["updates"] == 3 and done["approx_kl"] == pytest.approx(0.07)
 
 
 @pytest.mark.parametrize("kl_stop, taken", [(0.0, True), (1.0, True), (1e-4, False)])
 def test_a_step_that_would_go_too_far_is_not_taken(kl_stop, taken, random_model, tokenizer):
-    """Nor does its gradient stay behind. `moved` is KL(policy that sampled || policy that learns) by k3."""
+    """Nor does its gradient stay behind. `approx_kl` is KL(policy that sampled || policy that learns) by k3."""
     config = train_ppo.Config(row=16, ptx=0.0, kl_stop=kl_stop)
     model, (rollout, _) = rollouts_of(config, random_model, tokenizer)
     train_ppo.estimate_advantages(config, RUN, [rollout], config.beta)
@@ -355,7 +356,7 @@ def test_a_step_that_would_go_too_far_is_not_taken(kl_stop, taken, random_model,
         now = objectives.token_logprobs(logits_NV, rollout.batch.targets[rollout.actions])
     then = rollout.logprobs[rollout.actions]
     done = train_ppo.update(config, RUN, loaded_with(tokenizer), model, optimizer, [rollout], 0)
-    assert done["moved"] == pytest.approx(float(((now - then).exp() - 1 - (now - then)).mean()), rel=1e-3)
+    assert done["approx_kl"] == pytest.approx(float(((now - then).exp() - 1 - (now - then)).mean()), rel=1e-3)
     assert torch.equal(model.policy.embedding.weight, before) != taken
     assert all(p.grad is None for p in model.policy.parameters())
 

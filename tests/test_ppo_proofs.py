@@ -513,7 +513,7 @@ def test_the_first_minibatch_is_on_policy(structure, dtype, random_model, tokeni
     """
     run = common.Run(None, torch.device("cpu"), dtype)
     _, _, done = rollout_of(random_model, tokenizer, structure, run)
-    assert done["ratio"] == 1 and done["clip_fraction"] == 0 and done["moved"] == 0
+    assert done["ratio"] == 1 and done["clip_fraction"] == 0 and done["approx_kl"] == 0
     assert done["off"] == 0               # the largest |ratio - 1|: all log-ratios are 0, and so is the KL
 
 

@@ -341,7 +341,7 @@ def test_dpo_begins_at_the_reference(random_model, tokenizer, tmp_path):
     run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
     step = train_dpo.train_step(train_dpo.Config(batch_size=1), run, loaded, policy,
                                 torch.optim.SGD(policy.parameters(), lr=0.01), 0)
-    assert step["train_loss"] == pytest.approx(np.log(2), abs=1e-7) and step["gradient"] > 0
+    assert step["train_loss"] == pytest.approx(np.log(2), abs=1e-7) and step["grad_norm"] > 0
 
 
 def test_means_over_pairs_equal_the_loop():

@@ -557,7 +557,7 @@ def test_micro_batches_make_the_same_step(flow, stage, no_curves, tmp_path):
     main, config = flow[1][stage]
     whole, parts = (main(dataclasses.replace(config, steps=1, out=str(tmp_path / str(size)), micro_batch_size=size))
                     for size in (0, 2))
-    compared = {"train_loss", "gradient", "counted", "policy_loss", "value_loss", "ptx_loss", "loss"} & set(whole)
+    compared = {"train_loss", "grad_norm", "counted", "policy_loss", "value_loss", "ptx_loss", "loss"} & set(whole)
     assert compared
     for name in compared:
         assert whole[name] == pytest.approx(parts[name], rel=1e-3, abs=1e-5), name
@@ -961,6 +961,9 @@ def test_bad_input_with_overwrite_loses_nothing(monkeypatch, capsys, flow):
     before = sorted(path.name for path in Path(config.out).iterdir())
     fails(monkeypatch, capsys, train_sft, "--data", "missing.jsonl", "--init", config.init, "--out", config.out,
           "--overwrite")
+    message = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.out, "--out", config.out,
+                    "--overwrite")
+    assert "where this run starts" in message
     assert sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
