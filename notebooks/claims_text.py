@@ -152,7 +152,7 @@ def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict
     word pairs in sampled continuations, and what the judge thinks of them; milliseconds per generated token.
 
     The labeller knows lines of documentation alone. The judge of a continuation is the seed's base model,
-    which has read five times as much: its nats per token of the sampled text, and of what the author wrote.
+    which has read four times as much: its nats per token of the sampled text, and of what the author wrote.
     """
     _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=10_000)
     whole = BEGINNING + ends[-1]
