@@ -65,6 +65,11 @@ class Run:
         """This rank's share of a step's sequences."""
         return items[self.rank::self.world]
 
+    def batches(self, items: list, size: int) -> list[list]:
+        """This rank's share of what is only read, in batches of `size` (0: 64, all ranks together)."""
+        mine, size = self.mine(items), size or math.ceil(64 / self.world)
+        return [mine[i:i + size] for i in range(0, len(mine), size)]
+
     def gather(self, mine: dict) -> dict:
         """The ranks' dictionaries, joined."""
         if self.world == 1:

@@ -160,10 +160,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     """
     scored, nats, counted = [], 0.0, 0
     structure = model.config.structure
-    for start in range(0, len(loaded.held_out), 64):
-        examples = run.mine(loaded.held_out[start:start + 64])
-        if not examples:
-            continue
+    for examples in run.batches(loaded.held_out, config.micro_batch_size):
         batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             logprobs_PK, ref_logprobs_PK = answer_logprobs(loaded, model, batch, examples)
@@ -201,14 +198,11 @@ def evaluate_samples(config: Config, run: common.Run, loaded: Data, model) -> di
         golds = loaded.labeller.golds(map(decode, prompts), map(decode, answers))
         result[name] = float(np.mean(golds))
     kl, samples = 0.0, [data.Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
-    for start in range(0, len(samples), 64):
-        examples = run.mine(samples[start:start + 64])
-        if examples:
-            batch = data.lay_out(examples, model.config.structure, config.row, loaded.tokenizer)
-            batch = batch.to(run.device)
-            with run.autocast():
-                logprobs_PK, ref_logprobs_PK = answer_logprobs(loaded, model, batch, examples)
-            kl += float((logprobs_PK - ref_logprobs_PK).sum())
+    for examples in run.batches(samples, config.micro_batch_size):
+        batch = data.lay_out(examples, model.config.structure, config.row, loaded.tokenizer).to(run.device)
+        with run.autocast():
+            logprobs_PK, ref_logprobs_PK = answer_logprobs(loaded, model, batch, examples)
+        kl += float((logprobs_PK - ref_logprobs_PK).sum())
     return {**result, "eval_kl": float(run.sum(kl)) / len(samples)}
 
 

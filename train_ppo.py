@@ -253,10 +253,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         result[name] = float(np.mean(golds_of(loaded, prompts, answers)))
     nats = counted = 0
     answered = [example for example in loaded.held_out if example.targets]
-    for start in range(0, len(answered), 64):
-        examples = run.mine(answered[start:start + 64])
-        if not examples:
-            continue
+    for examples in run.batches(answered, config.micro_batch_size):
         batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             logits_NV = policy(batch, masks.of_batch(structure, batch), batch.loss_mask)

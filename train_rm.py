@@ -3,7 +3,7 @@
     data              K answers to each prompt (Ouyang: 4 to 9), the human one and samples of SFT (or of the
                       runs that --sampler names), ranked by the simulated labeller (or --data with prompt +
                       chosen + rejected; of several files a.jsonl,b.jsonl or of records with a key "source"
-                      the accuracy is told one by one)
+                      the accuracy is reported for each)
     initial weights   the SFT model, its unembedding replaced by one vector: a scalar per token
     mask              the structure's: causal, prefix or encdec; never across documents
                       and answers to one prompt share its row without seeing each other
@@ -141,10 +141,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     """How far the scores of held-out answers agree with the labeller, and how far they go with length."""
     scored = []
     structure = model.config.structure
-    for start in range(0, len(loaded.held_out), 64):
-        examples = run.mine(loaded.held_out[start:start + 64])
-        if not examples:
-            continue
+    for examples in run.batches(loaded.held_out, config.micro_batch_size):
         batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)

@@ -126,10 +126,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
     nats = counted = n_bytes = 0
     structure = model.config.structure
     bytes_V = loaded.tokenizer.bytes_per_token().to(run.device)
-    for start in range(0, len(loaded.held_out), 64):
-        examples = run.mine(loaded.held_out[start:start + 64])
-        if not examples:
-            continue
+    for examples in run.batches(loaded.held_out, config.micro_batch_size):
         batch = data.lay_out(examples, structure, config.row, loaded.tokenizer).to(run.device)
         with run.autocast():
             logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
@@ -175,7 +172,8 @@ def train_step(config: Config, run: common.Run, loaded: Data, model, optimizer, 
 def write_samples(config: Config, run: common.Run, loaded: Data, model) -> None:
     """A few held-out examples, and what the model makes of them."""
     decode = loaded.tokenizer.decode
-    examples = data.with_prompts(loaded.held_out[:6], model.config.structure)
+    structure = model.config.structure
+    examples = data.with_prompts(loaded.held_out[:6], structure)
     answers = answers_to_show(model, examples, loaded.tokenizer, config.seed)
     run.write_samples([(decode(example.source), decode(example.targets[0]), decode(answer))
                        for example, answer in zip(examples, answers)])
