@@ -54,8 +54,10 @@ def parse(config_class, argv: list[str], description: str):
     return config_class(**vars(known))
 
 
-def run(main, config_class, description: str) -> None:
-    """Parse, start other ranks where that pays, run main(config). No traceback for a user's mistake."""
+def run(main, config_class, description: str, parse=parse) -> None:
+    """Parse, start other ranks where that pays, run main(config). No traceback for a user's mistake. parse: a
+    script's own, where its command line is more than flags.
+    """
     goes_on = f"; {GOES_ON}" if hasattr(config_class, "resume") else ""
 
     def stop(signum, frame):

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Mapping, NamedTuple
@@ -314,9 +313,9 @@ def export_folder(config: Config) -> None:
     print(f"{out}: the model of {run}, step {state['step']}, as {config.layout}, and its tokenizer")
 
 
-def parse(argv: list[str]) -> Config:
+def parse(config_class, argv: list[str], description: str) -> Config:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = command_line.Parser(description=__doc__, formatter_class=plain)
+    parser = command_line.Parser(description=description, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
     for command, source, out in (("import", "a published checkpoint's folder", "the run folder to make"),
                                  ("export", "a run folder", "the folder to write")):
@@ -325,7 +324,7 @@ def parse(argv: list[str]) -> Config:
         flags.add_argument("out", help=out)
         flags.add_argument("--overwrite", action="store_true", help="replace what the second folder holds")
     flags.add_argument("--layout", required=True, help="llama, gpt2, t5")
-    return Config(**vars(parser.parse_args(argv)))
+    return config_class(**vars(parser.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -333,8 +332,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    command_line.run(main, Config, __doc__, parse)

@@ -610,7 +610,7 @@ def put_checkpoint(folder: Path, name: str, kind: str = "gpt2", **changes) -> Pa
 
 
 def command(text: str) -> None:
-    weights.main(weights.parse(text.split()))
+    weights.main(weights.parse(weights.Config, text.split(), ""))
 
 
 @pytest.mark.parametrize("name, change, sentence", [
@@ -787,7 +787,7 @@ import sys, weights
 def kilobytes(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 def run(name):
-    weights.main(weights.parse(["import", f"{sys.argv[1]}/{name}", f"{sys.argv[1]}/{name}-run"]))
+    weights.main(weights.parse(weights.Config, ["import", f"{sys.argv[1]}/{name}", f"{sys.argv[1]}/{name}-run"], ""))
 run("small")                       # what the interpreter loads on the way is there before the measurement
 before = kilobytes("VmRSS")
 run("large")
