@@ -141,6 +141,8 @@ class Tokenizer:
         self.specials = use["specials"]                              # name -> id
         self.pad, self.end, self.sentinels = use["pad"], use["end"], use["sentinels"]
         self.begin, self.source_end, self.target_begin = use["begin"], use["source_end"], use["target_begin"]
+        if self.target_begin == self.begin:          # as older imports kept it; in a row it would stand twice
+            self.target_begin = []
         self.bos = (self.begin or self.target_begin)[0]
         self.around = len(self.begin + self.source_end + self.target_begin)      # tokens of a decoder's frame
         ids, self.text = use.get("ids"), {rank: token for token, rank in ranks.items()}

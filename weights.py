@@ -72,7 +72,13 @@ class Tensors(Mapping):
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of one file, and its metadata. Nothing but the header is read, and all of it is checked."""
-    path = Path(path)
+    path, header = Path(path), {}
+
+    def once(pairs: list) -> dict:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        return dict(pairs)
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -80,7 +86,7 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             raise UserError(f"{path} is no safetensors file, or cut short: it has {size:,} bytes, its header "
                             f"alone should have {length:,}")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=once)
             metadata = header.pop("__metadata__", {})
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: the header is no JSON object of tensors ({error})") from None
@@ -132,6 +138,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], shard: int = 5 * 10**9) -> None:
+    """model.safetensors, or files of up to `shard` bytes (a larger tensor has its own) and their index. What
+    another division has left in the folder is removed last.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, x in tensors.items():
+        if shards[-1] and sum(y.nbytes for y in shards[-1].values()) + x.nbytes > shard:
+            shards.append({})
+        shards[-1][name] = x
+    n, files = len(shards), ["model.safetensors"]
+    if n > 1:
+        files = [f"model-{k:05}-of-{n:05}.safetensors" for k in range(1, n + 1)]
+    for file, part in zip(files, shards):
+        write_safetensors(folder / file, part, {"format": "pt"})
+    if n > 1:
+        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
+                 "weight_map": {name: file for file, part in zip(files, shards) for name in part}}
+        files.append("model.safetensors.index.json")
+        common.write_atomically(folder / files[-1], json.dumps(index, indent=1).encode())
+    for old in (*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")):
+        if old.name not in files:
+            old.unlink()
 
 
 def read_folder(folder: Path) -> Tensors:
@@ -300,10 +330,7 @@ def export_folder(config: Config) -> None:
     if model_config.structure == "encdec":
         c["decoder_start_token_id"] = tokenizer.frame("encdec")[2][0]
     out.mkdir(parents=True, exist_ok=True)
-    tensors, file = to_published(state["model"], layout, model_config), out / "model.safetensors"
-    write_safetensors(file, tensors, {"format": "pt"})
-    for old in {*out.glob("model.safetensors*"), *out.glob("model-*-of-*.safetensors")} - {file}:
-        old.unlink()
+    write_folder(out, to_published(state["model"], layout, model_config))
     names = {i: name for name, i in tokenizer.specials.items()}
     roles = {role: names[c[f"{role}_id"]] for role in ("bos_token", "eos_token", "pad_token")}
     for file, content in (("config.json", c), ("tokenizer.json", tokenizer.published()),

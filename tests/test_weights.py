@@ -393,7 +393,8 @@ def line(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
     ({"a": line(offsets=(-8, 0))}, 8, "tensor a is described by"),
     ({"a": {"dtype": "F32"}}, 8, "tensor a is described"),
     ({"a": 3}, 8, "tensor a is described"), ({"a": line(shape=(2.0,))}, 8, "whole numbers"),
-    ("[1]", 0, "no JSON object"), ("{", 0, "no JSON object")])
+    ("[1]", 0, "no JSON object"), ("{", 0, "no JSON object"),
+    ('{"a": 1, "a": 2}', 0, "'a' stands there twice")])
 def test_a_faulty_file_is_one_sentence(header, n_bytes, sentence, tmp_path):
     path = tmp_path / "x.safetensors"
     write_raw(path, header, b"\0" * n_bytes)
@@ -439,6 +440,20 @@ def test_shards_are_one_checkpoint(tmp_path):
         index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(ValueError, match=sentence):
             weights.read_folder(tmp_path)
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path):
+    """Files of up to so many bytes and an index, read back the same; another division leaves nothing behind."""
+    tensors = {f"layer.{i}": torch.randn(3, 5 + i) for i in range(7)} | {"large": torch.randn(100)}
+    for shard, files in ((200, 6), (10**6, 1), (150, 7)):
+        weights.write_folder(tmp_path, tensors, shard)
+        written = sorted(tmp_path.iterdir())
+        assert len(written) == files + (files > 1)
+        read = weights.read_folder(tmp_path)
+        assert set(read) == set(tensors) and all(torch.equal(read[name], x) for name, x in tensors.items())
+        sizes = [sum(x.nbytes for x in weights.read_safetensors(path)[0].values())
+                 for path in written if path.suffix == ".safetensors"]
+        assert files == 1 or all(size <= max(shard, 400) for size in sizes)
 
 
 @pytest.mark.parametrize("header", [
