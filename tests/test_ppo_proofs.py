@@ -240,7 +240,7 @@ def test_a_transformer_reaches_the_closed_form(structure, seed, beta, steps):
     reaches_the_optimum(structure, beta, 0.02, seed, steps)
 
 
-@pytest.mark.parametrize("beta, steps", [(1.0, 100), (0.3, 130), (0.1, 250)])
+@pytest.mark.parametrize("beta, steps", [(1.0, 100), (0.3, 100), (0.1, 250)])
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_rloo_and_grpo_reach_the_closed_form(advantage, beta, steps):
     """Without a critic: 64 answers to each prompt, compared with each other. The KL stands in the reward, so
@@ -299,7 +299,7 @@ def test_dpo_reaches_the_closed_form(structure, seed, beta):
     wins_KK = data.preferences(examples, tie=0.5).double().unflatten(0, (2, 8)).sum(1)
     fitted = torch.stack([likeliest_rewards(wins) for wins in wins_KK]).float()
     loaded = SimpleNamespace(train=examples, tokenizer=TOKENIZER, reference=model.reference)
-    steps, lr = 150, 0.1 if structure == "table" else 3e-3
+    steps, lr, bound = (300, 0.1, 1e-4) if structure == "table" else (150, 3e-3, 0.02)
     config = train_dpo.Config(beta=beta, batch_size=len(examples), row=48, clip=0.0)
 
     def learn():
@@ -308,7 +308,7 @@ def test_dpo_reaches_the_closed_form(structure, seed, beta):
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
             train_dpo.train_step(config, RUN, loaded, model.policy, optimizer, step)
 
-    ends_at_the_optimum(model, fitted, beta, 0.005 if structure == "table" else 0.02, 2, learn)
+    ends_at_the_optimum(model, fitted, beta, bound, 2, learn)
 
 
 # ---- against TRL 1.12.0 ------------------------------------------------------------------------------------
