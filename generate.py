@@ -58,7 +58,8 @@ class Decoding:
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
         begin, source_end, target_begin = tokenizer.frame(self.structure)
         sources = [[*begin, *prompt, *source_end] for prompt in prompts]
-        n_pad = [max(map(len, sources)) - len(source) for source in sources]     # every row ends at the right
+        longest = max(map(len, sources))
+        n_pad = [longest - len(source) for source in sources]         # every row ends at the right
         self.tokens = torch.tensor([[tokenizer.pad] * n + row for n, row in zip(n_pad, sources)],
                                    device=device)
         self.n_pad = torch.tensor(n_pad, device=device)

@@ -415,10 +415,15 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
             if off > 1e-3 * (1 if run.dtype == torch.float32 else 100):
                 raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: what learns is "
                             "not the policy that was scored")
-        if stopped := 0 < config.kl_stop < done[-1]["approx_kl"]:         # as in Spinning Up
+        if stopped := too_far(config, done[-1]["approx_kl"]):
             break
     means = {name: float(np.mean([metrics[name] for metrics in done])) for name in done[0] if name != "off"}
     return {**means, "ratio": done[0]["ratio"], "updates": len(done) - stopped}
+
+
+def too_far(config: Config, approx_kl: float) -> bool:
+    """Whether this step is not to be taken, nor any after it in the iteration (as in Spinning Up)."""
+    return 0 < config.kl_stop < approx_kl
 
 
 def update(config: Config, run: common.Run, loaded: Data, model, optimizer, minibatch: list[Rollout],
@@ -458,7 +463,7 @@ def update(config: Config, run: common.Run, loaded: Data, model, optimizer, mini
     common.check_finite(step, loss=totals.sum() + ptx_loss, gradient=sum(norms))
     names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "approx_kl")
     metrics = dict(zip(names, (run.sum(totals) / counted).tolist()))
-    if not 0 < config.kl_stop < metrics["approx_kl"]:
+    if not too_far(config, metrics["approx_kl"]):
         optimizer.step()
     optimizer.zero_grad()
     return {**metrics, "ptx_loss": float(ptx_loss), "off": off}
