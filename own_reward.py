@@ -10,7 +10,6 @@ Policy gradients ask nothing of a reward but its value: it need not be different
 """
 import importlib.util
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Callable
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 import common
-import data
 from errors import Fault, UserError
 from tokenizer import Tokenizer
 
@@ -50,47 +48,26 @@ def load_function(name: str) -> Callable[[str, str], float]:
     return found
 
 
-def texts_of(batch: data.Batch, tokenizer: Tokenizer) -> dict[int, tuple[str, str]]:
-    """Answer -> (prompt, response): what a packed batch holds, as text without special tokens."""
-    if batch.source is None:
-        in_source = (batch.part == 0) & (batch.document >= 0)
-        sources = batch.document[in_source], batch.tokens[in_source]
-    else:
-        sources = batch.source_document[batch.source_document >= 0], batch.source[batch.source_document >= 0]
-    prompts, texts = defaultdict(list), {}
-    for document, token in zip(*(column.tolist() for column in sources)):
-        prompts[document].append(token)
-    here = batch.loss_mask
-    columns = (data.answer_of_token(batch, here), batch.document[here], batch.part[here], batch.tokens[here],
-               batch.targets[here])
-    for answer, document, part, token, target in zip(*(column.tolist() for column in columns)):
-        if answer not in texts:              # in front of it stands the prompt's last token, or <bos>
-            texts[answer] = prompts[document] + [token] * (part > 0), []
-        texts[answer][1].append(target)
-    return {answer: tuple(tokenizer.decode([token for token in tokens if token in tokenizer.text])
-                          for tokens in pair) for answer, pair in texts.items()}
-
-
 class RewardFunction(torch.nn.Module):
-    """The function, called as a model.ScalarModel is: one score per answer of a batch."""
+    """The function, with the errors that it can make as sentences."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, run: common.Run):
         super().__init__()
         self.name, self.function, self.tokenizer, self.run = name, load_function(name), tokenizer, run
         self.tried = False
 
-    def forward(self, batch: data.Batch, masks, where_BT: Tensor) -> Tensor:
-        """Scores (N,) of the answers that stand where `where` is True, row by row."""
-        texts, scores, mistake = texts_of(batch, self.tokenizer), [], ""
+    def forward(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+        """A score for each answer to its prompt (N,)."""
+        scores, mistake, decode = [], "", self.tokenizer.decode
         try:
-            scores = [self.score(*texts[answer]) for answer in data.answer_of_token(batch, where_BT).tolist()]
+            scores = [self.score(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
         except UserError as error:
             mistake = str(error)
         # each rank scores answers of its own: all stop where one has met a mistake
         if said := next(filter(None, self.run.gather({self.run.rank: mistake}).values()), ""):
             raise (Fault if self.tried else UserError)(said)        # the first time nothing is written yet
         self.tried = True
-        return torch.tensor(scores, device=where_BT.device)
+        return torch.tensor(scores)
 
     def score(self, prompt: str, response: str) -> float:
         try:

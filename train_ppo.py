@@ -36,7 +36,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: a file, a folder, or several a,b
     init: str = "runs/sft"              # run folder to start from
     reward: str = "runs/rm"             # run folder of the reward model, or an own reward: file.py:function
     out: str = "runs/ppo"               # run folder
@@ -44,7 +44,7 @@ class Config:
     score_clip: float = 0.0             # scores beyond +- this are cut off, 0: none
     beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
-    kl_estimator: str = "k1"            # a token's KL in the reward: k1; k2 and k3 are no leash
+    kl_estimator: str = "k1"            # a token's KL in the reward: k1; k2 and k3 hardly restrain it
     whiten_rewards: bool = False        # scale the tokens' rewards about their mean to a deviation of 1
     advantage: str = "gae"              # gae (with a value model); rloo, grpo: answers to a prompt compared
     samples: int = 4                    # answers to each prompt, side by side in its row
@@ -183,7 +183,7 @@ class FourModels(torch.nn.Module):
     """The networks of PPO. policy and value are trained, and may be wrapped (DDP, compiled).
 
     reward: a reward model, or an own function in its place. value_init "reward" starts the value model as a
-    copy of it (Stiennon et al. 2020, appendix B.1; Ouyang et al. 2022, appendix C.4), "sft" as one of the
+    copy of it (Stiennon et al. 2020, appendix B.1; Ouyang et al. 2022, appendix C.4), "sft" as a copy of the
     policy under a head of zeros, which says 0 before it has learnt (the code of Ziegler et al. 2019). An own
     reward has no weights to copy: then it is "sft". "none": RLOO and GRPO have no value model.
     """
@@ -350,7 +350,10 @@ def score(config: Config, run: common.Run, loaded: Data, model, prompts, answers
         ref_logits_NV = answer_logits(config, loaded, model.reference, batch, batch_masks, actions_BT)
         values_N = (model.value(batch, batch_masks, actions_BT) if config.advantage == "gae"
                     else torch.zeros(len(targets_N), device=run.device))
-        scores_M = model.reward(batch, batch_masks, batch.last)
+        if isinstance(model.reward, own_reward.RewardFunction):
+            scores_M = model.reward(prompts, answers).to(run.device)[data.answer_of_token(batch, batch.last)]
+        else:
+            scores_M = model.reward(batch, batch_masks, batch.last)
     if config.score_clip:
         scores_M = scores_M.clamp(-config.score_clip, config.score_clip)
     scores_M = scores_M - config.no_end * (batch.tokens[batch.last] != loaded.tokenizer.end)
@@ -579,6 +582,8 @@ def main(config: Config) -> dict[str, float]:
     log = common.Log(run, start)
     model.policy, model.value = (network if network is None else common.wrap(network, run, config.compile)
                                  for network in (model.policy, model.value))
+    if config.compile:                                 # or its rounding would not be the policy's
+        model.reference = torch.compile(model.reference)
 
     for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:

@@ -109,15 +109,19 @@ def test_answers_that_share_their_prompt_are_scored_as_alone(structure, position
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_an_own_reward_reads_whole_texts(structure, tokenizer):
-    """texts_of: prompt and response of every answer, in the order of the list, whatever the layout."""
-    prompts = [tokenizer.encode(text) for text in ("read the row", "read the row", "close", "read the row")]
-    answers = [tokenizer.encode(text) + [tokenizer.end] for text in ("Read it.", "Read the row.", "Close it.", "No.")]
+def test_an_own_reward_is_paid_to_its_answer(structure, random_model, tokenizer, tmp_path):
+    """Whatever the layout: at the last token of each answer stands its own score, 1 off where it does not end."""
+    (tmp_path / "mine.py").write_text("def reward(prompt, response):\n    return len(prompt) + len(response) / 100\n")
+    reward = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)
+    model = train_ppo.FourModels(random_model(structure), reward)
+    texts = [("read the row", "Read it."), ("read the row", "Read the row."), ("close", "Close it."), ("read the row", "No.")]
+    prompts, answers = zip(*((tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.end]) for p, a in texts))
+    answers[1].pop()
     for row in (1, 200):
-        examples = data.answers_of_prompts(prompts, answers, structure, row, tokenizer)
-        batch = data.lay_out(examples, structure, row, tokenizer)
-        texts = own_reward.texts_of(batch, tokenizer)
-        assert [texts[i] for i in range(4)] == [(tokenizer.decode(p), tokenizer.decode(a)) for p, a in zip(prompts, answers)]
+        config = train_ppo.Config(row=row, advantage="rloo")
+        r = train_ppo.score(config, RUN, loaded_with(tokenizer), model, prompts, answers)
+        scores = r.scores[r.last_action][data.answer_of_token(r.batch, r.last_action).argsort()]
+        assert scores.tolist() == pytest.approx([len(p) + len(a) / 100 - (k == 1) for k, (p, a) in enumerate(texts)])
 
 
 # ---- rewards -----------------------------------------------------------------------------------------------
@@ -194,9 +198,8 @@ def test_a_value_model_of_its_own_begins_at_zero(random_model, tokenizer):
         assert (values == 0).all() if value_init == "sft" else torch.equal(values, scores)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path):
-    """Each document of a packed batch, in the order of the scores that are asked for."""
+def test_an_own_reward_reads_prompt_and_response(tokenizer, tmp_path):
+    """As text, without the end token; its file may import what stands beside it."""
     source = ("from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_it import PART\n"
               "@dataclass\nclass Weights:\n    part: float = PART\n"
               "def reward(prompt, response):\n    return len(prompt) + len(response) * Weights().part\n")
@@ -204,12 +207,8 @@ def test_an_own_reward_reads_prompt_and_response(structure, tokenizer, tmp_path)
     (tmp_path / "beside_it.py").write_text("PART = 0.01\n")
     function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)
     pairs = [("abc", "d"), ("e", "fghi"), ("jk", "lm")]
-    examples = [data.Example(tokenizer.encode(prompt), [tokenizer.encode(response) + [tokenizer.end]])
-                for prompt, response in pairs]
-    batch = data.lay_out(examples, structure, 12, tokenizer)
-    scores = function(batch, None, batch.last)
-    expected = [len(p) + len(r) / 100 for p, r in (pairs[d] for d in batch.document[batch.last].tolist())]
-    assert scores.tolist() == pytest.approx(expected)
+    prompts, answers = zip(*((tokenizer.encode(p), tokenizer.encode(r) + [tokenizer.end]) for p, r in pairs))
+    assert function(prompts, answers).tolist() == pytest.approx([len(p) + len(r) / 100 for p, r in pairs])
 
 
 @pytest.mark.parametrize("content, name, fragment", [
@@ -233,13 +232,13 @@ def test_a_bad_own_reward_is_one_sentence(tmp_path, tokenizer, content, name, fr
 def test_an_own_reward_that_fails_on_the_way_is_a_fault(tokenizer, tmp_path):
     """Tried once before anything is written it is the user's mistake (exit code 2); later the run has begun (1)."""
     (tmp_path / "mine.py").write_text("def reward(prompt, response):\n    return 1 / len(response)\n")
-    batches = [data.lay_out([data.Example([40], [[41] * n + [tokenizer.end]])], "causal", 12, tokenizer) for n in (2, 0)]
+    good, bad = ([[40]], [[41, tokenizer.end]]), ([[40]], [[tokenizer.end]])
     function = own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)
-    function(batches[0], None, batches[0].last)
+    function(*good)
     with pytest.raises(Fault, match="ZeroDivisionError"):
-        function(batches[1], None, batches[1].last)
+        function(*bad)
     with pytest.raises(UserError, match="ZeroDivisionError"):
-        own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)(batches[1], None, batches[1].last)
+        own_reward.RewardFunction(f"{tmp_path}/mine.py:reward", tokenizer, RUN)(*bad)
 
 
 # ---- the language-model loss mixed in, a KL target, a discount, the log's figures ---------------------------
