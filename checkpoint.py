@@ -3,7 +3,7 @@
 A checkpoint is one file, `checkpoint-<step>.pt`: sizes and settings, the weights, the optimizer. There is no
 random state in it, because there is none to keep: what a step reads and samples is a function of (seed, step,
 rank) alone. That is why an interrupted run, resumed, ends in the same weights as an uninterrupted one, bit by
-bit.
+bit (on a CPU: a GPU's backward passes add in no fixed order).
 """
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from hardware import processor_name, recorded
 from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
 
-# settings in which a run may be gone on with; all others must be as they were
+# settings that may change when a run goes on; all others must be as they were
 FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "ranks", "compile", "log_every",
         "eval_every", "eval_size", "save_every", "keep"}
 
@@ -77,7 +77,8 @@ def latest(folder: Path, step: int | None = None) -> dict | None:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            print(f"{path} cannot be read ({reason})" + "; trying the one before it" * (step != steps[0]))
+            if not int(os.environ.get("RANK", 0)):
+                print(f"{path} cannot be read ({reason})" + "; trying the one before it" * (step != steps[0]))
     return None
 
 
@@ -232,5 +233,5 @@ def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
 def restore(state: dict, **parts: Any) -> int:
     """Load the parts' states; returns the step to go on with."""
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.pop(name))            # or all of it would stay in memory to the end
     return state["step"]

@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import hardware
@@ -80,12 +81,17 @@ def run(main, config_class, description: str, parse=parse) -> None:
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"interrupted{goes_on}", 128 + signal.SIGINT))
+    except torch.OutOfMemoryError:           # of a GPU; another rank's would not be heard through _say
+        print(f"error: the GPU's memory is full on rank {os.environ.get('RANK', '0')}; a smaller "
+              f"--micro_batch_size or --batch_size needs less{goes_on}", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError:
         if not any(other.poll() for other in others):
             raise
         sys.exit(_say(f"a process of this run has died; {GOES_ON}", 1))
     finally:
-        if dist.is_initialized():
+        # subtle: NCCL waits here for every rank, and after a mistake the others may never come
+        if dist.is_initialized() and not (sys.exc_info()[0] and dist.get_backend() == "nccl"):
             dist.destroy_process_group()
         for other in others:
             with contextlib.suppress(subprocess.TimeoutExpired):       # they end as this rank has ended,

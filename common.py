@@ -162,11 +162,12 @@ def set_up(config) -> Run:
     if config.batch_size % world:
         raise UserError(f"batch_size {config.batch_size} must be a multiple of the {world} ranks")
     device = hardware.choose_device(config.device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0)
-        torch.cuda.set_device(device)
+        local = int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0
+        device = hardware.choose_device(f"cuda:{local}")
+    if world > 1 and not dist.is_initialized():
+        own = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if own else "gloo", device_id=own)
     run = Run(Path(config.out), device, torch.float32, rank, world)
     before = hardware.recorded(config)
     threads = hardware.choose_threads(device, world, before.get("threads", 0))

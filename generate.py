@@ -46,6 +46,7 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
     cumulative_BV = logits_BV.softmax(-1).to(hardware.widest(logits_BV.device)).cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     drawn_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device, dtype=total_B1.dtype)
+    drawn_B1 *= 1 - torch.finfo(drawn_B1.dtype).eps           # times the total it stays below it when rounded
     return torch.searchsorted(cumulative_BV, drawn_B1 * total_B1, right=True).squeeze(1)
 
 
@@ -140,7 +141,7 @@ def never_drawn(vocab: int, tokenizer: Tokenizer, device: torch.device) -> Tenso
 def drawn_from(logits_NV: Tensor, tokenizer: Tokenizer, temperature: float) -> Tensor:
     """The logits (N, V) of the distribution that generate draws from at that temperature, all tokens kept."""
     never = never_drawn(logits_NV.shape[-1], tokenizer, logits_NV.device)
-    return (logits_NV / temperature).index_fill_(1, never, float("-inf"))
+    return (logits_NV.float() / temperature).index_fill_(1, never, float("-inf"))
 
 
 @torch.no_grad()
@@ -239,11 +240,8 @@ def answers_to_show(model: LanguageModel, examples: list, tokenizer: Tokenizer, 
     if any(example.blanks for example in examples):
         return [likeliest(model, example, tokenizer) for example in examples]
     prompts = [example.source for example in examples]
-    in_one_row = model.config.structure != "encdec"
-    begin, source_end, target_begin = tokenizer.frame(model.config.structure)
-    source = len(begin + source_end) + max(map(len, prompts)) if in_one_row else 0
-    before = source + len(target_begin)
-    room = model.config.max_positions + 1 - before if model.config.max_positions else 48
+    most = model.config.max_positions
+    room = most + 1 - tokenizer.around - max(map(len, prompts)) if most else 48
     wanted = {token for example in examples for target in example.targets for token in target}
     generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     return generate(model, prompts, tokenizer, max(1, min(48, room)), 0.7, generator=generator,

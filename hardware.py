@@ -35,28 +35,29 @@ def choose_device(name: str) -> torch.device:
     present = {"cpu": True, "cuda": here, "mps": torch.backends.mps.is_available()}
     if not present.get(device.type, False):
         raise UserError(f"device {name!r} is not present on this machine; --device auto takes what is there")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)            # what waits for "the" GPU then waits for this one
     return device
 
 
 def seconds_of_a_layer(dtype: torch.dtype, device, threads: int = 0) -> float:
-    """Seconds of a small layer's products and attention, forward and backward: the best of 12, of 3 to 11
-    where they take long.
-
-    Attention belongs in it: what bf16 does for a product it need not do for
-    attention. threads 0: as many as are set.
+    """Seconds of a small layer's products and attention, forward and backward: the best of 12, or of 3 to 11
+    where they take long. Both, as bf16 may speed up the one and slow down the other. threads 0: as many as
+    are set.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    x = torch.randn(1024, 128, device=device)
-    w_in = torch.randn(512, 128, device=device, requires_grad=True)
-    w_out = torch.randn(128, 512, device=device, requires_grad=True)
     kind, lower = torch.device(device).type, dtype != torch.float32
+    width = 128 if kind == "cpu" else 2048       # of less a GPU would say how fast its kernels are launched
+    x = torch.randn(1024, width, device=device)
+    w_in = torch.randn(4 * width, width, device=device, requires_grad=True)
+    w_out = torch.randn(width, 4 * width, device=device, requires_grad=True)
     seconds = []
     while len(seconds) < 3 or len(seconds) < 12 and sum(seconds) < 0.5:
         start = time.perf_counter()
         with torch.autocast(kind, dtype) if lower else contextlib.nullcontext():
             h = F.linear(F.silu(F.linear(x, w_in)), w_out)
-            heads = h.view(4, 256, 4, 32).transpose(1, 2)
+            heads = h.view(4, 256, width // 32, 32).transpose(1, 2)
             attended = attention(heads, heads, heads, masks.causal)
         attended.float().square().mean().backward()
         if kind == "cuda":

@@ -52,7 +52,8 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     on_cpu, short = q_BHTK.device.type == "cpu", k_BGSK.shape[2] <= 1024
     by_hand = on_cpu and short and q_BHTK.dtype == torch.bfloat16
-    kernel = bf16_on_a_cpu if by_hand else F.scaled_dot_product_attention
+    kernel = (bf16_on_a_cpu if by_hand else masked_on_a_gpu if q_BHTK.is_cuda and isinstance(mask, Tensor)
+              else F.scaled_dot_product_attention)
     if groups > 1 and q_BHTK.shape[2] == 1 and isinstance(mask, Tensor) and mask.shape[1] == 1:
         # decoding: the heads of a group become the queries of one head, and the cache need not be repeated
         queries = q_BHTK.unflatten(1, (-1, groups)).squeeze(3)
@@ -68,6 +69,14 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask, scale: float
              SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True, scale=scale)
+
+
+def masked_on_a_gpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Tensor,
+                    scale: float | None = None) -> Tensor:
+    """Without cuDNN, which is planned anew for every size: in decoding, at every token."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=attn_mask, scale=scale)
 
 
 def bf16_on_a_cpu(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, attn_mask: Tensor | None = None,

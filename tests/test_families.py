@@ -10,13 +10,13 @@ import masks
 import model as networks
 import positions as positions_file
 import objectives
-from conftest import LAYOUTS, random_examples, random_tokens
+from conftest import LAYOUTS, random_tokens
 from data import Batch, Example, lay_out
 from generate import generate
 from model import KVCache, ModelConfig, preset
 from presets import PRESETS
 from shapes import check_shapes
-from test_model import influence, outputs
+from test_model import by_every_route, moves_as_allowed, outputs, packed_equals_alone
 
 PUBLISHED = {
     "gpt2": 124_439_808, "gpt3-175b": 174_604_259_328, "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320,
@@ -136,30 +136,13 @@ def test_variants_that_exclude_each_other_are_refused_in_a_sentence(wrong):
 def test_a_token_moves_exactly_what_may_see_it(name, layout, batch_of):
     """Whatever the parts, the mask alone decides."""
     model = randomised(small(name))
-    structure = model.config.structure
-    batch = batch_of(structure, layout)
-    before, real = outputs(model, batch), batch.document >= 0
-    for field, expected in influence(structure, batch, 0, layers=2).items():
-        for j in range(expected.shape[1]):
-            tokens = getattr(batch, field).clone()
-            tokens[0, j] = (tokens[0, j] + 1) % 256
-            moved = (outputs(model, replace(batch, **{field: tokens})) != before).any(-1) & real
-            assert torch.equal(moved[0], expected[:, j] & real[0]) and not moved[1:].any(), f"{field} {j}"
+    moves_as_allowed(model, batch_of(model.config.structure, layout), layers=2, rows=range(1))
 
 
 @families
 def test_packing_changes_nothing(name, tokenizer, monkeypatch):
     """Positions restart with every document, so a row of several gives each what it gets alone."""
-    model = randomised(small(name))
-    structure, examples = model.config.structure, random_examples([(5, [3, 6]), (0, [4]), (2, [5]), (7, [2])])
-    monkeypatch.setattr("data.balanced_rows", lambda sizes, _: [[2, 0], [3, 1]] if len(sizes) == 4 else [[0]])
-    batch = lay_out(examples, structure, 0, tokenizer)
-    together = outputs(model, batch)
-    for document, example in enumerate(examples):
-        for part, target in enumerate(example.targets, start=1):
-            alone = lay_out([Example(example.source, [target])], structure, 0, tokenizer)
-            torch.testing.assert_close(together[(batch.document == document) & (batch.part == part)],
-                                       outputs(model, alone)[alone.part == 1], atol=5e-5, rtol=0)
+    packed_equals_alone(randomised(small(name)), tokenizer, monkeypatch, atol=5e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -167,26 +150,7 @@ def test_packing_changes_nothing(name, tokenizer, monkeypatch):
 def test_routes_give_the_same_logits(name, batch_of, monkeypatch):
     """Written-out attention, SDPA and FlexAttention are one network, with any bias and scale."""
     model = randomised(small(name))
-    structure = model.config.structure
-    batch = batch_of(structure, "packed")
-    (B, T), allowed, real = batch.tokens.shape, masks.predicates(structure, batch), batch.document >= 0
-    S = T if batch.source is None else batch.source.shape[1]
-
-    def form(build):
-        return masks.Masks(*(p and build(p, B, *n) for p, n in zip(allowed, ((T, T), (S, S), (T, S)))))
-
-    def by_hand(q, k, v, mask, scale):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        if mask.dtype == torch.bool:
-            return networks.written_out_attention(q, k, v, mask, scale)
-        allowed = mask > float("-inf")
-        return networks.written_out_attention(q, k, v, allowed, scale, mask.masked_fill(~allowed, 0))
-    sdpa = model(batch, masks.of_batch(structure, batch), real)
-    flex = model(batch, form(masks.block_mask), real)
-    monkeypatch.setattr(networks, "attention", by_hand)
-    text = model(batch, form(masks.dense), real)
-    torch.testing.assert_close(sdpa, text, atol=3e-5, rtol=0)
-    torch.testing.assert_close(flex, text, atol=3e-5, rtol=0)
+    by_every_route(model, batch_of(model.config.structure, "packed"), monkeypatch, atol=3e-5)
 
 
 @families
