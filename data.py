@@ -3,9 +3,11 @@
     Record --encode--> tokens --objective--> (source, target) --lay_out--> Batch --masks.of_batch--> model
 """
 import hashlib
+import inspect
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ import objectives
 from corpus import Record
 from errors import UserError
 from model import few_sizes
-from tokenizer import PATTERN, SPECIALS, Tokenizer, train_bpe
+from tokenizer import Tokenizer, train_bpe
 
 # ---- layout: examples -> Batch -----------------------------------------------------------------------------
 
@@ -293,8 +295,7 @@ def objective_of(name: str, tokenizer: Tokenizer, context: int) -> Callable:
     span_corruption:0.5:10 corrupts half of the tokens, in spans of 10 on average (Raffel et al. 2020, tables
     6 and 7); span_corruption alone is 0.15 and 3.
     """
-    o, sentinels = objectives, tokenizer.sentinels
-    ends = tokenizer.sentence_ends()
+    o, sentinels, ends = objectives, tokenizer.sentinels, tokenizer.sentence_ends()
     name, *rest = name.split(":")
     density, mean_span = density_and_span(name, rest)
 
@@ -357,15 +358,11 @@ def texts_of(records: list[Record]) -> list[str]:
     return [record.text or record.prompt + (record.response or record.chosen or "") for record in records]
 
 
-def tokenizer_without_merges() -> Tokenizer:
-    """Bytes and special tokens: what every tokenizer trained here has."""
-    return Tokenizer(train_bpe([], 256 + len(SPECIALS)))
-
-
 def tokenizer_for(records: list[Record], vocab: int) -> Tokenizer:
     """A tokenizer trained on these texts, cached by their content. Of much text an even sample is enough."""
     texts = texts_of(records)
-    key = hashlib.sha256("\0".join([*texts, str(vocab), PATTERN, *SPECIALS]).encode()).hexdigest()[:16]
+    trained_by = Path(inspect.getsourcefile(train_bpe)).read_bytes()
+    key = hashlib.sha256("\0".join([*texts, str(vocab)]).encode() + trained_by).hexdigest()[:16]
     cached = common.CACHE / f"bpe-{key}.tiktoken"
     with common.rank_zero_first():
         if not cached.exists():

@@ -9,6 +9,7 @@ score.
 import hashlib
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Iterable
 
 import torch
@@ -124,7 +125,8 @@ class Labeller:
     """The guideline, with the vocabulary of the training text that "words" asks for."""
 
     def __init__(self, training_texts: list[str]):
-        key = hashlib.sha256("\0".join(training_texts).encode()).hexdigest()[:16]
+        counted_by = Path(__file__).read_bytes()
+        key = hashlib.sha256("\0".join(training_texts).encode() + counted_by).hexdigest()[:16]
         cached = common.CACHE / f"words-{key}.txt"
         with common.rank_zero_first():
             if not cached.exists():
@@ -163,8 +165,8 @@ def collect_rankings(config, run, tokenizer, records: list[Record], samplers: li
     """What a labelling campaign returns: per prompt the human answer and config.answers - 1 samples, ranked.
 
     In training, config.mismatched human answers to other prompts are ranked among them: these are written
-    well and speak about something else, which a reward model must not overlook, and samples rarely show by
-    itself; and a share config.label_noise of the comparisons is in the wrong order.
+    well and speak about something else, which a reward model must not overlook and samples alone rarely show.
+    And a share config.label_noise of the comparisons is in the wrong order.
 
     Records that bring their own comparison (chosen, rejected) are taken as they are.
     """

@@ -179,13 +179,14 @@ def preset(name: str, **changes) -> ModelConfig:
     return scaled(config, **changes) if changes else config
 
 
-def preset_for(name: str, structure: str, context: int, **sizes) -> ModelConfig:
+def preset_for(name: str, structure: str, context: int, **changes) -> ModelConfig:
     """A preset to be trained here: another structure if one is named, learned positions for this context."""
     config = preset(name)
-    changes = {"structure": structure} if structure else {}
+    if structure:
+        changes["structure"] = structure
     if config.positions == "learned":
         changes["max_positions"] = 2 * context          # a source and its target may each fill the context
-    return scaled(config, **sizes, **changes)
+    return scaled(config, **changes)
 
 
 def scaled(config: ModelConfig, **changes) -> ModelConfig:
@@ -197,10 +198,10 @@ def scaled(config: ModelConfig, **changes) -> ModelConfig:
     ratio = changes.get("width", config.width) / config.width
     heads = changes.get("heads") or max(1, round(config.heads * ratio))
     head_width = config.head_width * config.heads / heads * ratio
-    sizes = {"heads": heads, "head_width": max(4, 4 * round(head_width / 4)),
-             "kv_heads": math.gcd(heads, max(1, config.kv_heads * heads // config.heads)),
-             "ffn_width": max(8, 8 * round(config.ffn_width * ratio / 8))}
-    return replace(config, **{**sizes, **changes})
+    others = {"heads": heads, "head_width": max(4, 4 * round(head_width / 4)),
+              "kv_heads": math.gcd(heads, max(1, config.kv_heads * heads // config.heads)),
+              "ffn_width": max(8, 8 * round(config.ffn_width * ratio / 8))}
+    return replace(config, **{**others, **changes})
 
 
 # ---- the table of differences ------------------------------------------------------------------------------

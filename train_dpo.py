@@ -4,7 +4,7 @@
                       prompt + chosen + rejected)
     initial weights   policy and frozen reference from SFT
     mask              the structure's: causal, prefix or encdec; never across documents
-                      and answers to one prompt share its row without seeing each other
+                      (answers to one prompt share its row without seeing each other)
     objective         log sigmoid(r_better - r_worse) over all pairs of a prompt, as for a reward model, with
                       r = beta log(policy / reference) of the whole answer (Rafailov et al. 2023, eq. 7)
     what is trained   the policy; the reference stays as it is
@@ -33,7 +33,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: a file, a folder, or several a,b
     init: str = "runs/sft"              # run folder to start from
     out: str = "runs/dpo"               # run folder
     beta: float = 0.1                   # price of a nat of log-ratio to the reference, in units of reward

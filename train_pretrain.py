@@ -30,7 +30,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: a file, a folder, or several a,b
     init: str = ""                      # run folder to start from, left empty: random weights
     out: str = "runs/pretrain"          # run folder
     preset: str = ""                    # the variants of a published family (presets.py), in the sizes below
@@ -77,7 +77,8 @@ def set_up(config: Config) -> common.Run:
         raise UserError(f"a run that starts from {config.init} has its sizes: leave out {', '.join(sizes)}")
     if not config.init:                             # a slip of the pen is found before the text is read
         model_config(config, config.vocab)
-        data.objective_of(config.objective, data.tokenizer_without_merges(), config.context)
+        only_bytes = Tokenizer({bytes([byte]): byte for byte in range(256)})
+        data.objective_of(config.objective, only_bytes, config.context)
     return common.set_up(config)
 
 

@@ -6,7 +6,7 @@
                       the accuracy is reported for each)
     initial weights   the SFT model, its unembedding replaced by one vector: a scalar per token
     mask              the structure's: causal, prefix or encdec; never across documents
-                      and answers to one prompt share its row without seeing each other
+                      (answers to one prompt share its row without seeing each other)
     objective         log sigmoid(r_better - r_worse) over all pairs of a prompt (Ouyang et al. 2022, eq. 1);
                       a gap in the ranking below labeller.TIE is no pair
     what is trained   everything, to score an answer at its last token; then human answers average 0
@@ -33,7 +33,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: a file, a folder, or several a,b
     init: str = "runs/sft"              # run folder to start from
     out: str = "runs/rm"                # run folder
     prompts: int = 8000                 # prompts whose answers are ranked
@@ -156,7 +156,7 @@ def normalise(config: Config, run: common.Run, loaded: Data, model) -> None:
     answer is known to be a person's, as in a file of chosen and rejected ones, all answers average 0.
     """
     structure, human, scores = model.config.structure, [], []
-    for example in loaded.train[:500]:
+    for example in sorted(loaded.train, key=lambda example: not example.human)[:500]:
         batch = data.lay_out([example], structure, config.row, loaded.tokenizer).to(run.device)
         scores.append(model(batch, masks.of_batch(structure, batch), batch.last))
         human += [scores[-1][0]] * example.human

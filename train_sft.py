@@ -30,7 +30,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    data: str = ""                      # own data, not the default corpus: .txt, .jsonl, .py or a folder
+    data: str = ""                      # own data, not the default corpus: a file, a folder, or several a,b
     init: str = "runs/pretrain"         # run folder to start from
     out: str = "runs/sft"               # run folder
     steps: int = 2000                   # optimizer steps

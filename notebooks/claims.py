@@ -2,13 +2,12 @@
 
     python notebooks/claims.py                        what there is
     python notebooks/claims.py --only hackable        one of them (or several: a,b) over three seeds
-    python notebooks/claims.py --all                  all of them; three to four hours on two cores
+    python notebooks/claims.py --all                  all of them; four to five hours on two cores
 
 A measurement trains what it needs (runs/claims/<seed>/..., shared by all, finished runs are not repeated),
 measures on held-out functions, and gives rows of figures: a JSON line each in records/claims.jsonl, which the
 README and the notebooks read. Two runs at a time on two cores, a thread each. The measurements themselves are
-the functions of claims_text.py and claims_rl.py; structure x objective, and so span corruption against
-language modelling, is measured by compare.py.
+the functions of claims_text.py and claims_rl.py.
 """
 import json
 import math

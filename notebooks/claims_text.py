@@ -1,5 +1,6 @@
 """The measurements of claims.py about structures, pretraining and supervised fine-tuning."""
 import copy
+import itertools
 import re
 import time
 
@@ -123,16 +124,19 @@ def price_of_token(folder: str) -> dict[str, float]:
             "ms_per_token_trained": 1000 * min(seconds) / tokens}
 
 
-def summaries(flow: Flow, sft: str, model=None, n: int = 200) -> dict[str, float]:
-    """The labeller's score of greedy one-line summaries of n held-out functions: understanding what is read.
-    And the share of them that end within 40 tokens. model: another than that of this run, on its prompts.
+def summaries(flow: Flow, sft: str, model=None, n: int = 200, temperature: float = 0.0, **settings) -> dict:
+    """The labeller's score of one-line summaries of n held-out functions: understanding what is read. And the
+    share of them that end within 40 tokens. model: another than that of this run, on its prompts. settings:
+    of the SFT, changed for its data, as seed for the choice of functions.
     """
-    (_, _, loaded), judge = data_of(train_sft, sft, eval_size=n), judge_of(flow)
+    (config, _, loaded), judge = data_of(train_sft, sft, eval_size=n, **settings), judge_of(flow)
     prompts, decode = [example.source for example in loaded.held_out], loaded.tokenizer.decode
-    answers = generate(model or checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature=0.0)
+    answers = generate(model or checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature,
+                       generator=torch.Generator().manual_seed(config.seed))
     pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
-    return {"gold_greedy": float(np.mean([judge.gold(*pair) for pair in pairs])),
-            "about_greedy": float(np.mean([labeller.about(*pair) for pair in pairs])),
+    greedy = "" if temperature else "_greedy"
+    return {f"gold{greedy}": float(np.mean([judge.gold(*pair) for pair in pairs])),
+            f"about{greedy}": float(np.mean([labeller.about(*pair) for pair in pairs])),
             "ended": float(np.mean([answer[-1] == loaded.tokenizer.end for answer in answers]))}
 
 
@@ -191,6 +195,37 @@ def ms_per_token_generated(model, prompts: list[list[int]], tokenizer, n: int) -
     return 1000 * min(seconds) / (n * len(prompts))
 
 
+# ---- objectives --------------------------------------------------------------------------------------------
+
+OBJECTIVES = (("causal", "next_token"), ("causal", "prefix_lm"), ("prefix", "prefix_lm"),
+              ("prefix", "span_corruption"), ("prefix", "ul2"), ("prefix", "glm_130b"),
+              ("encdec", "prefix_lm"), ("encdec", "span_corruption"), ("encdec", "bart"))
+WRITES_ON = ("next_token", "prefix_lm", "ul2")       # objectives that teach to go on with a text
+
+
+def structures_and_objectives(flow: Flow) -> list[dict]:
+    """One budget of tokens, nine pairs of a structure and an objective, two learning rates, the same SFT."""
+    rows, steps = [], flow.steps(train_pretrain, 0.2)["steps"]
+    for (structure, objective), lr in itertools.product(OBJECTIVES, (3e-3, 1e-3)):
+        name, once = f"{structure}_{objective}_{lr:g}", dict(steps=steps, eval_every=0, save_every=0)
+        pretrain = flow.train(train_pretrain, name, **once, structure=structure, objective=objective, lr=lr)
+        sft = flow.sft(f"{name}_sft", **once, init=pretrain, lr=3e-3, source_weight=0.0)
+        row = {"row": f"{structure}, {objective}, {lr:g}",
+               "parameters": model_file.parameter_count(checkpoint.load_model(pretrain))}
+        if objective in WRITES_ON:
+            row["loss_prefix_lm"] = loss_of_ends(pretrain)
+        sampled, greedy = (summaries(flow, sft, temperature=t, seed=1) for t in (1.0, 0.0))
+        rows.append(row | {"loss_sft": metrics_of(sft)[-1]["loss"], "gold": sampled["gold"],
+                           "gold_greedy": greedy["gold_greedy"], "about_greedy": greedy["about_greedy"]})
+    return rows
+
+
+def loss_of_ends(pretrain: str) -> float:
+    """Nats per token of the ends of held-out texts, given their beginnings."""
+    config, run, loaded = data_of(train_pretrain, pretrain, objective="prefix_lm")
+    return train_pretrain.evaluate(config, run, loaded, checkpoint.load_model(pretrain))["loss"]
+
+
 # ---- pretraining -------------------------------------------------------------------------------------------
 
 def pretraining_settings(flow: Flow) -> list[dict]:
@@ -233,13 +268,14 @@ def shuffled_pairs(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]
     return [train[i] for i in np.random.default_rng(flow.seed).permutation(len(train))], held_out
 
 
-def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init: str, share: float) -> dict:
-    """SFT on these pairs alone; loss on the held-out human answers, and the score of greedy ones."""
+def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init: str) -> tuple[str, dict]:
+    """A short SFT on these pairs alone: its folder; loss on the held-out human answers, score of greedy ones.
+    """
     path = flow.folder / f"{name}.jsonl"
     if not path.exists():
         write_pairs(path, pairs + [(r.prompt, r.response) for r in held_out[:600]])
-    sft = flow.sft(name, init=init, data=str(path), eval_every=0, **flow.steps(train_sft, share))
-    return {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
+    sft = flow.sft(name, init=init, data=str(path), eval_every=0, **flow.steps(train_sft, 0.15))
+    return sft, {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
 
 
 def losses_under_base(flow: Flow, pairs: list[corpus.Record]) -> np.ndarray:
@@ -262,16 +298,14 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
     """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model; and what
     the base model answers before any.
     """
-    train, held_out = shuffled_pairs(flow)
-    rows, sft = [], ""
+    (train, held_out), rows = shuffled_pairs(flow), []
     for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
         for part in (64, 8, 1):
             n = max(train_sft.Config.batch_size, len(train) // part)
             pairs = [(r.prompt, r.response) for r in train[:n]]
-            sft = f"sft_{name.split()[0]}_{part}"
-            figures = tuned_on(flow, sft, pairs, held_out, init, 0.15)
+            sft, figures = tuned_on(flow, f"sft_{name.split()[0]}_{part}", pairs, held_out, init)
             rows.append({"row": f"{name}, 1/{part} of the pairs", "pairs": n, **figures})
-    return [before_sft(flow, str(flow.folder / sft)), *rows]
+    return [before_sft(flow, sft), *rows]
 
 
 @torch.no_grad()
@@ -310,9 +344,9 @@ def sft_selection(flow: Flow) -> list[dict]:
     pairs = {name: [(r.prompt, r.response) for r in chosen] for name, chosen in subsets.items()}
     pairs["half of the answers shuffled"] = half + pairs["random"][n // 2:]
     return [{"row": name, "pairs": len(chosen),
-             **tuned_on(flow, f"sft_select_{k}", chosen, held_out, flow.pretrain(), 0.15)}
+             **tuned_on(flow, f"sft_select_{k}", chosen, held_out, flow.pretrain())[1]}
             for k, (name, chosen) in enumerate(pairs.items())]
 
 
-MEASUREMENTS = (structures, equal_arithmetic, pretraining_settings, width_transfer, pretraining_for_sft,
-                loss_on_prompt, sft_selection)
+MEASUREMENTS = (structures, equal_arithmetic, structures_and_objectives, pretraining_settings, width_transfer,
+                pretraining_for_sft, loss_on_prompt, sft_selection)

@@ -122,8 +122,7 @@ def row_of_best(study: evaluate.Study, rivals: dict) -> dict[str, float]:
 
 def read_record(path: str | Path) -> list[dict]:
     """The lines of a .jsonl; none where there is no file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return common.read_log(Path(path))
 
 
 def metrics_of(folder: str) -> list[dict]:

@@ -241,21 +241,14 @@ def test_compared_dialogues_may_be_lists_of_messages():
     expected = [{"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."}]
     assert corpus.fields_of({"chosen": [asked, yes], "rejected": [asked, no]}) == expected
     assert corpus.fields_of({"prompt": [asked], "chosen": [yes], "rejected": [no]}) == expected
+    assert corpus.fields_of({"prompt": "Is it?", "chosen": [yes], "rejected": [no]}) == expected
+    ultrafeedback = {"prompt": "Is it?", "chosen": [asked, yes], "rejected": [asked, no], "messages": [asked, yes]}
+    assert corpus.fields_of(ultrafeedback) == expected                      # the comparison counts, not the messages
     for wrong, fragment in (({"chosen": [asked, yes], "rejected": [yes]}, "one dialogue"),
                             ({"chosen": [asked, yes], "rejected": "No."}, "must be too"),
                             ({"chosen": [asked], "rejected": [asked]}, "no reply")):
         with pytest.raises(ValueError, match=fragment):
             corpus.fields_of(wrong)
-
-
-def test_ultrafeedbacks_rows_are_comparisons():
-    """The question as a text, two lists that hold it once more, and `messages` beside them: the comparison counts."""
-    asked, yes, no = ({"role": role, "content": content} for role, content in
-                      (("user", "Is it?"), ("assistant", "Yes."), ("assistant", "No.")))
-    expected = [{"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."}]
-    row = {"prompt": "Is it?", "chosen": [asked, yes], "rejected": [asked, no], "messages": [asked, yes]}
-    assert corpus.fields_of(row) == expected
-    assert corpus.fields_of({"prompt": "Is it?", "chosen": [yes], "rejected": [no]}) == expected
 
 
 # ---- the reward's zero -------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import checkpoint
 import claims
 import command_line
 import common
-import compare
 import corpus
 import data
 import evaluate
@@ -32,11 +31,11 @@ import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
+from conftest import STRUCTURES
 from errors import UserError
 from flow import Flow
 
 ROOT = Path(__file__).parent.parent
-STRUCTURES = ("causal", "prefix", "encdec")
 SMALL = dict(device="cpu", dtype="fp32", save_every=2, eval_every=2, keep=9)
 
 
@@ -239,9 +238,13 @@ def test_dpo_learns_from_the_reward_models_comparisons(flow):
 
 def test_no_held_out_name_is_trained_on(flow, package):
     """The names that pretraining holds out are held out by every later stage, and no stage trains on one."""
-    runs, _, _ = flow
+    runs, stages, _ = flow
     names = [checkpoint.held_out_names(str(runs / stage)) for stage in ("pretrain", "sft", "rm", "ppo", "dpo")]
     assert names[0] and all(names[0] <= later for later in names[1:])
+    for main, config in stages[1:]:
+        loaded = sys.modules[main.__module__].load_data(config, common.Run(runs, torch.device("cpu"), torch.float32))
+        trained = {corpus.function_name(loaded.tokenizer.decode(example.source)) for example in loaded.train}
+        assert len(trained) > 10 and not trained & names[0]
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -375,7 +378,9 @@ def test_the_report_covers_all_rows(flow, package):
 @one_structure
 @pytest.mark.parametrize("claim", ["rl_against_sft", "relevance", "second_round", "diversity", "ptx", "over_optimisation",
                                    "reward_model_accuracy", "reward_model_data", "reward_model_boundary", "stability",
-                                   "hackable"])
+                                   "hackable", "structures", "structures_and_objectives", "equal_arithmetic",
+                                   "pretraining_settings", "width_transfer", "pretraining_for_sft", "loss_on_prompt",
+                                   "sft_selection"])
 def test_a_measurement_gives_the_rows_of_its_table(flow, claim, package, monkeypatch):
     """notebooks/claims.py on small runs, one of each stage in the place of all that it would train."""
     monkeypatch.setattr(Flow, "folder", flow[0])
@@ -419,17 +424,6 @@ def test_a_copy_of_sft_is_no_distance_from_it(flow, package):
                     for model in (models["sft"], copy.deepcopy(models["sft"])))
     assert itself["kl"] == 0 and abs(twin["kl"]) < 1e-4 and itself["entropy"] == twin["entropy"]
     assert abs(evaluate.distance_of(study, models["ppo"], answers, 1.0)["kl"]) > 1e-4
-
-
-@one_structure
-def test_the_report_needs_no_more_than_sft(flow, package, tmp_path):
-    """Without a reward model there is no reward and no best of n, without a policy no row for it."""
-    for stage in ("pretrain", "sft"):
-        shutil.copytree(flow[0] / stage, tmp_path / stage)
-    report = evaluate.main(evaluate.Config(runs=str(tmp_path), data=str(package), prompts=5, max_new=8,
-                                           device="cpu"))
-    assert {"base", "sft", "sft_cool", "human"} <= set(report) and not {"ppo", "best_of_n"} & set(report)
-    assert "reward" not in report["sft"] and report["sft_cool"]["kl"] > 0 and "kl" not in report["base"]
 
 
 @one_structure
@@ -506,11 +500,15 @@ def test_a_stage_that_was_stopped_is_told(flow, tmp_path, capsys):
 
 @one_structure
 def test_the_report_says_what_is_missing(flow, tmp_path, capsys):
-    """Without a reward model its rows are left out, and said; stages with different tokenizers are refused."""
+    """Without a reward model there is no reward and no best of n, without a policy no row for it, and that is
+    said; stages with different tokenizers are refused.
+    """
     for name in ("pretrain", "sft"):
         shutil.copytree(flow[0] / name, tmp_path / name)
     config = evaluate.Config(runs=str(tmp_path), data=flow[1][1][1].data, device="cpu", prompts=4, max_new=4)
-    assert "ppo" not in evaluate.main(config)
+    report = evaluate.main(config)
+    assert {"base", "sft", "sft_cool", "human"} <= set(report) and not {"ppo", "best_of_n"} & set(report)
+    assert "reward" not in report["sft"] and report["sft_cool"]["kl"] > 0 and "kl" not in report["base"]
     assert f"note: {tmp_path}/rm holds no checkpoint" in capsys.readouterr().out
     path = tmp_path / "pretrain" / "tokenizer.tiktoken"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
@@ -614,20 +612,6 @@ def test_every_family_learns_by_its_own_objective(preset, objective, package, tm
     assert loss < 0.8 * entropy
     for main, config in stages[1:]:
         main(type(config)(**{**vars(config), "steps": 1, "eval_every": 0, "save_every": 0}))
-
-
-def test_structures_and_objectives_are_compared(package, no_curves, tmp_path):
-    """One row of the comparison from pretraining to its cells; a second seed gives it a spread."""
-    config = compare.Config(out=str(tmp_path), data=str(package), steps=3, sft_steps=3, prompts=4, layers=1,
-                            width=32, device="cpu")
-    rows = [compare.measure(config, "prefix", "prefix_lm", 1e-3, seed) for seed in (1, 2)]
-    (tmp_path / "settings.json").write_text(json.dumps(vars(config) | {"steps": 4}))
-    with pytest.raises(UserError, match="results of other settings"):
-        compare.main(config)
-    table = compare.table_of(rows)
-    assert table.count("±") == 5 and "| prefix | prefix_lm | 0.003 |\n| prefix | prefix_lm | 0.001 | " in table and "| encdec | bart | 0.003 |" in table
-    mean = (rows[0]["loss_sft"] + rows[1]["loss_sft"]) / 2
-    assert f"{mean:.3f}" in table and 0 <= rows[0]["gold"] <= 1 and rows[0]["loss_prefix_lm"] > 0
 
 
 def test_speed_is_measured_for_every_structure(capsys):
@@ -859,20 +843,31 @@ def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("module, flags, fragment", [
-    (compare, ("--width", "34"), "heads 4 must divide width 34"), (compare, ("--prompts", "0"), "prompts is 0"),
     (bench, ("--batch_size", "0"), "batch_size is 0"), (bench, ("--what", "generate", "--prompt", "-4"), "prompt is -4"),
     (bench, ("--source", "-4"), "source is -4"), (generate, ("--temperature", "inf"), "temperature is inf"),
     (generate, ("--seed", "-1"), "seed is -1")])
-def test_the_other_scripts_check_before_they_begin(module, flags, fragment, monkeypatch, capsys, tmp_path):
-    out = ("--out", str(tmp_path / "out")) * (module is compare)
-    assert fragment in fails(monkeypatch, capsys, module, *out, *flags)
-    assert not (tmp_path / "out").exists()
+def test_the_other_scripts_check_before_they_begin(module, flags, fragment, monkeypatch, capsys):
+    assert fragment in fails(monkeypatch, capsys, module, *flags)
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch, capsys):
+    """On the rank that meets it, since the others do not."""
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--ranks", "1"])
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(full, train_sft.Config, "")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "full on rank 3; a smaller --micro_batch_size" in error and error.count("\n") == 1
 
 
 def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert hardware.choose_device("cuda:1").index == 1
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert hardware.choose_device("cuda:1").index == 1 and chosen == [torch.device("cuda:1")]
     with pytest.raises(UserError, match="cuda:2.* is not present"):
         hardware.choose_device("cuda:2")
 
@@ -887,7 +882,7 @@ def test_the_command_to_run_first_finds_what_lies_beside(flow):
             == f"python train_ppo.py --init {runs}/sft --reward {runs}/rm --out {runs}/other")
 
 
-@pytest.mark.parametrize("module", [train_pretrain, train_sft, train_rm, train_ppo, train_dpo, evaluate, compare])
+@pytest.mark.parametrize("module", [train_pretrain, train_sft, train_rm, train_ppo, train_dpo, evaluate])
 def test_tiny_is_small_and_leaves_what_was_asked_for(module):
     """--tiny sets fields that exist, of sizes at most the usual, and none that was given."""
     usual, tiny = module.Config(), module.Config(tiny=True)
