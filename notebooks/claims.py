@@ -111,7 +111,7 @@ def main(config: Config) -> list[dict]:
             raise UserError("reward_model_boundary compares packages of the default corpus: no --data here")
         wanted.remove("reward_model_boundary")
     if not wanted:
-        print("\n".join(f"{m.__name__:<24}{m.__doc__.splitlines()[0]}" for m in MEASUREMENTS))
+        print("\n".join(f"{m.__name__:<27}{m.__doc__.splitlines()[0]}" for m in MEASUREMENTS))
         return []
     seeds = range(1, config.seeds + 1)
     records = [row for row in read_record(config.record)

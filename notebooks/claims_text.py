@@ -295,8 +295,8 @@ def random_base(flow: Flow) -> str:
 
 
 def pretraining_for_sft(flow: Flow) -> list[dict]:
-    """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model; and what
-    the base model answers before any.
+    """Pretraining gives the ability, SFT the form: SFT from random weights and from the base model.
+    Beside them, what the base model answers before any SFT.
     """
     (train, held_out), rows = shuffled_pairs(flow), []
     for name, init in (("random weights", random_base(flow)), ("base model", flow.pretrain())):
@@ -325,8 +325,8 @@ def loss_on_prompt(flow: Flow) -> list[dict]:
 
 
 def sft_selection(flow: Flow) -> list[dict]:
-    """SFT data must be chosen: subsets of equal size, random, longest, scored, likely, repeated, noisy. (The
-    corpus holds no answer twice; the repeated ones show what duplicates would cost.)
+    """SFT data must be chosen: subsets of equal size, random, longest, scored, likely, repeated, noisy.
+    The corpus holds no answer twice; the repeated ones show what duplicates would cost.
     """
     train, held_out = shuffled_pairs(flow)
     n = max(8, len(train) // 8)
