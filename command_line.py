@@ -82,8 +82,9 @@ def run(main, config_class, description: str, parse=parse) -> None:
     except KeyboardInterrupt:
         sys.exit(_say(f"interrupted{goes_on}", 128 + signal.SIGINT))
     except torch.OutOfMemoryError:           # of a GPU; another rank's would not be heard through _say
-        print(f"error: the GPU's memory is full on rank {os.environ.get('RANK', '0')}; a smaller "
-              f"--micro_batch_size or --batch_size needs less{goes_on}", file=sys.stderr)
+        hint = "; a smaller --micro_batch_size needs less" * hasattr(config_class, "micro_batch_size")
+        rank = os.environ.get("RANK", "0")
+        print(f"error: the GPU's memory is full on rank {rank}{hint}{goes_on}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError:
         if not any(other.poll() for other in others):
