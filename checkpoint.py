@@ -8,7 +8,6 @@ bit (on a CPU: a GPU's backward passes add in no fixed order).
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 import re
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from common import Run, replacing, write_atomically
+from common import Run, replacing, speaks, write_atomically
 from errors import UserError, read_json
 from hardware import processor_name, recorded
 from model import LanguageModel, ModelConfig, ScalarModel, build
@@ -77,7 +76,7 @@ def latest(folder: Path, step: int | None = None) -> dict | None:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            if not int(os.environ.get("RANK", 0)):
+            if speaks():
                 print(f"{path} cannot be read ({reason})" + "; trying the one before it" * (step != steps[0]))
     return None
 
@@ -156,7 +155,7 @@ def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:
     """The tokenizer of a finished stage; one that was stopped is told."""
     if not steps_of(Path(folder)):
         raise UserError(f"{folder} holds no checkpoint; first run: {command_for(stage, folder, tiny)}")
-    if (stopped := stopped_at(folder)) and os.environ.get("RANK", "0") == "0":
+    if (stopped := stopped_at(folder)) and speaks():
         print(f"note: {folder} was stopped at {stopped}; to finish it: {command_for(stage, folder, tiny)}",
               file=sys.stderr)
     try:

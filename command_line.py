@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import hardware
-from common import apply_tiny
+from common import apply_tiny, speaks
 from errors import Fault, UserError
 
 METAVAR = {str: "TEXT", int: "N", float: "X"}
@@ -81,11 +81,10 @@ def run(main, config_class, description: str, parse=parse) -> None:
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"interrupted{goes_on}", 128 + signal.SIGINT))
-    except torch.OutOfMemoryError:           # of a GPU; another rank's would not be heard through _say
+    except torch.OutOfMemoryError:           # of a GPU: one rank may meet it alone
         hint = "; a smaller --micro_batch_size needs less" * hasattr(config_class, "micro_batch_size")
         rank = os.environ.get("RANK", "0")
-        print(f"error: the GPU's memory is full on rank {rank}{hint}{goes_on}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(_say(f"the GPU's memory is full on rank {rank}{hint}{goes_on}", 1, alone=True))
     except RuntimeError:
         if not any(other.poll() for other in others):
             raise
@@ -125,7 +124,7 @@ def _watch(others: list[subprocess.Popen]) -> None:
     os._exit(1)
 
 
-def _say(message, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":               # the ranks share their mistakes; one speaks for all
+def _say(message, code: int, alone: bool = False) -> int:
+    if alone or speaks():                    # the ranks share their mistakes; one speaks for all
         print(f"error: {message}", file=sys.stderr)
     return code

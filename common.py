@@ -245,6 +245,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def speaks() -> bool:
+    """Whether this process is the one that speaks for all ranks, also before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def rank_zero_first():
     """What rank 0 computes and caches, the other ranks only read."""

@@ -30,7 +30,7 @@ import command_line                             # noqa: E402
 import common                                   # noqa: E402
 import corpus                                   # noqa: E402
 import hardware                                 # noqa: E402
-from errors import UserError                    # noqa: E402
+from errors import UserError, at_least          # noqa: E402
 from flow import WORKERS, Flow, read_record     # noqa: E402
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
@@ -102,6 +102,7 @@ def table_of(record: list[dict], claim: str) -> str:
 def main(config: Config) -> list[dict]:
     """Measure, and write the rows as they come."""
     common.apply_tiny(config)
+    at_least(1, config, "seeds", "prompts", "best_of")
     names = [m.__name__ for m in MEASUREMENTS]
     wanted = list(names) if config.all else [name for name in config.only.split(",") if name]
     if unknown := set(wanted) - set(names):

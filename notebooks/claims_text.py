@@ -124,20 +124,23 @@ def price_of_token(folder: str) -> dict[str, float]:
             "ms_per_token_trained": 1000 * min(seconds) / tokens}
 
 
-def summaries(flow: Flow, sft: str, model=None, n: int = 200, temperature: float = 0.0, **settings) -> dict:
+def summaries(flow: Flow, sft: str, model=None, n: int = 200, temperatures=(0.0,), **settings) -> dict:
     """The labeller's score of one-line summaries of n held-out functions: understanding what is read. And the
     share of them that end within 40 tokens. model: another than that of this run, on its prompts. settings:
     of the SFT, changed for its data, as seed for the choice of functions.
     """
     (config, _, loaded), judge = data_of(train_sft, sft, eval_size=n, **settings), judge_of(flow)
     prompts, decode = [example.source for example in loaded.held_out], loaded.tokenizer.decode
-    answers = generate(model or checkpoint.load_model(sft), prompts, loaded.tokenizer, 40, temperature,
-                       generator=torch.Generator().manual_seed(config.seed))
-    pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
-    greedy = "" if temperature else "_greedy"
-    return {f"gold{greedy}": float(np.mean([judge.gold(*pair) for pair in pairs])),
-            f"about{greedy}": float(np.mean([labeller.about(*pair) for pair in pairs])),
-            "ended": float(np.mean([answer[-1] == loaded.tokenizer.end for answer in answers]))}
+    model, figures = model or checkpoint.load_model(sft), {}
+    for temperature in temperatures:
+        answers = generate(model, prompts, loaded.tokenizer, 40, temperature,
+                           generator=torch.Generator().manual_seed(config.seed))
+        pairs = [(decode(prompt), decode(answer)) for prompt, answer in zip(prompts, answers)]
+        greedy = "" if temperature else "_greedy"
+        figures |= {f"gold{greedy}": float(np.mean([judge.gold(*pair) for pair in pairs])),
+                    f"about{greedy}": float(np.mean([labeller.about(*pair) for pair in pairs])),
+                    "ended": float(np.mean([answer[-1] == loaded.tokenizer.end for answer in answers]))}
+    return figures
 
 
 def pairs_of(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]]:
@@ -214,9 +217,9 @@ def structures_and_objectives(flow: Flow) -> list[dict]:
                "parameters": model_file.parameter_count(checkpoint.load_model(pretrain))}
         if objective in WRITES_ON:
             row["loss_prefix_lm"] = loss_of_ends(pretrain)
-        sampled, greedy = (summaries(flow, sft, temperature=t, seed=1) for t in (1.0, 0.0))
-        rows.append(row | {"loss_sft": metrics_of(sft)[-1]["loss"], "gold": sampled["gold"],
-                           "gold_greedy": greedy["gold_greedy"], "about_greedy": greedy["about_greedy"]})
+        scores = summaries(flow, sft, temperatures=(1.0, 0.0), seed=1)
+        rows.append(row | {"loss_sft": metrics_of(sft)[-1]["loss"],
+                           **{name: scores[name] for name in ("gold", "gold_greedy", "about_greedy")}})
     return rows
 
 

@@ -57,6 +57,13 @@ def test_an_unknown_measurement_is_one_sentence(tmp_path):
     assert not (tmp_path / "claims.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["seeds", "prompts", "best_of"])
+def test_numbers_are_checked_before_anything_is_trained(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        claims.main(claims.Config(**{name: 0}, only="hackable", out=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_every_measurement_says_what_is_claimed():
     for measurement in claims.MEASUREMENTS:
         assert 20 < len(measurement.__doc__.splitlines()[0]) < 110

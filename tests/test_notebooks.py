@@ -49,6 +49,10 @@ def with_answers(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
 @every_notebook
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     """With short loops, in a copy: nothing is written into the repository. Any exception fails."""

@@ -491,7 +491,7 @@ def tokenizer_of(folder: Path, kind: str) -> Tokenizer:
     made = Tokenizer(*published_tokenizers.published(folder, c, structure)[:2])
     made.save(folder / "run" / "tokenizer.tiktoken")
     again = Tokenizer.load(folder / "run" / "tokenizer.tiktoken")
-    assert again.text == made.text and again.ranks == made.ranks
+    assert vars(again).keys() == vars(made).keys() and again.text == made.text and again.ranks == made.ranks
     return again
 
 
@@ -741,6 +741,7 @@ def test_every_later_stage_goes_on_from_an_imported_run(name, kind, no_curves, t
     published = checkpoint.load_tokenizer("runs/imported", "")
     for run in ("runs/sft", "runs/rm", "runs/ppo"):
         assert checkpoint.load_model(run).config == checkpoint.load_model("runs/imported").config
+        assert vars(checkpoint.load_tokenizer(run, "")).keys() == vars(published).keys()
         assert checkpoint.load_tokenizer(run, "").settings == published.settings
     if name in ("gpt2", "llama", "t5"):
         command(f"export runs/ppo out --layout {name}")
