@@ -47,10 +47,13 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
 
 def started_from(config) -> dict[str, str]:
     """What the run starts from: of the folders `init`, `reward` and `sampler` the newest step, and a digest
-    of all the settings behind it (config.json holds what that run has started from itself).
+    of all the settings behind it (config.json holds what that run has started from itself). Of an own reward,
+    file.py:function, a digest of the file.
     """
-    found, samplers = {}, getattr(config, "sampler", "").split(",")
-    for folder in (getattr(config, "init", ""), getattr(config, "reward", ""), *samplers):
+    found, samplers, reward = {}, getattr(config, "sampler", "").split(","), getattr(config, "reward", "")
+    if (own := Path(reward.rpartition(":")[0])).is_file():
+        found[reward] = f"file {hashlib.sha256(own.read_bytes()).hexdigest()[:8]}"
+    for folder in (getattr(config, "init", ""), reward, *samplers):
         settings = Path(folder) / "config.json"
         if folder and (steps := steps_of(Path(folder))):
             content = settings.read_bytes() if settings.exists() else b""

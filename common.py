@@ -191,8 +191,8 @@ def check(config) -> None:
              "max_new", "eval_size", "prompts", "keep")
     check_seed(config)
     at_least(0, config, "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
-             "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "ratio_clip",
-             "value_clip", "value_lr", "adam_eps", "ptx", "no_end", "score_clip", "mismatched")
+             "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "value_lr", "adam_eps",
+             "ptx", "no_end", "score_clip", "mismatched")
     if not config.out:
         raise UserError("out is empty; it must name a folder")
     if not 2 <= getattr(config, "answers", 2) <= 9:
@@ -204,9 +204,9 @@ def check(config) -> None:
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name, 1) <= 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
-    if not 0 < getattr(config, "temperature", 1) < math.inf:
-        raise UserError(f"temperature is {config.temperature}; it must be above 0 and finite: answers are "
-                        "drawn")
+    for name in ("temperature", "ratio_clip", "value_clip"):
+        if not 0 < getattr(config, name, 1) < math.inf:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be above 0 and finite")
     if config.resume not in ("auto", "must", "never"):
         raise UserError(f"resume is {config.resume!r}; it must be auto, must or never")
 

@@ -415,6 +415,9 @@ def whiten(x: Tensor, mean_and_var: tuple[Tensor, Tensor] | None = None, shift_m
     """(x - mean) / sqrt(var + 1e-8); shift_mean=False puts the mean back (for rewards).
 
     mean_and_var: those of the entries that count, over all ranks; None: of all of x.
+
+    Rewards r with mean m and deviation s become (r - m) / s + m, s times which is r + m (s - 1): what is
+    maximised has m (s - 1) for every token in it, a bonus or a malus on length (tests/test_ppo_proofs.py).
     """
     mean, var = mean_and_var or (x.mean(), x.var(unbiased=False))
     whitened = (x - mean) * torch.rsqrt(var + 1e-8)

@@ -45,7 +45,7 @@ class Config:
     beta: float = 0.05                  # price of a nat of KL to the reference, in units of reward
     kl_target: float = 0.0              # nats per answer towards which beta adapts itself, 0: beta is fixed
     kl_estimator: str = "k1"            # a token's KL in the reward: k1; k2 and k3 hardly restrain it
-    whiten_rewards: bool = False        # scale the tokens' rewards about their mean to a deviation of 1
+    whiten_rewards: bool = False        # scale the tokens' rewards about their mean; this prices length too
     advantage: str = "gae"              # gae (with a value model); rloo, grpo: answers to a prompt compared
     samples: int = 4                    # answers to each prompt, side by side in its row
     gamma: float = 1.0                  # discount per token
@@ -109,6 +109,8 @@ def set_up(config: Config) -> common.Run:
     if ignored and config.advantage != "gae":
         raise UserError(f"{', '.join(ignored)}: {config.advantage} compares whole answers and has no value "
                         "model; these belong to --advantage gae")
+    if config.whiten_rewards and config.advantage != "gae":
+        raise UserError(f"whiten_rewards scales the rewards of tokens; {config.advantage} compares whole answers")
     if config.samples < 1 + (config.advantage != "gae"):
         raise UserError(f"samples is {config.samples}; it must be at least 1, and for rloo and grpo, which "
                         "compare the answers to a prompt, at least 2")

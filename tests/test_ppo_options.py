@@ -14,7 +14,11 @@ import masks
 import model as networks
 import objectives
 import own_reward
+import train_dpo
 import train_ppo
+import train_pretrain
+import train_rm
+import train_sft
 from conftest import STRUCTURES, random_tokens
 from errors import Fault, UserError
 from generate import generate, never_drawn
@@ -400,3 +404,47 @@ def test_the_glossary_names_every_column_of_the_log(samples, settings, random_mo
     logged = {"step", "seconds", *train_ppo.train_step(config, RUN, loaded, model, optimizer, 0),
               *train_ppo.evaluate(config, RUN, loaded, model)}
     assert logged <= glossary and glossary - logged <= {"beta"}
+
+
+# ---- the optimizer and its learning rate -------------------------------------------------------------------
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    """Linear, then half a wave of a cosine; the value model's rate is the same curve."""
+    config = SimpleNamespace(lr=2.0, warmup=10, steps=110)
+    rates = [common.learning_rate(step, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2.0) and rates[60] == pytest.approx(0.55 * 2.0) and rates[110] == pytest.approx(0.2)
+    assert rates[35] == pytest.approx(0.1 * 2.0 + 0.9 * 2.0 * (1 + 0.5 ** 0.5) / 2)
+    assert [common.learning_rate(step, config, highest=4.0) for step in range(111)] == pytest.approx([2 * r for r in rates])
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1.0])
+def test_adam_adds_epsilon_to_the_root_of_the_second_moment(eps, random_model):
+    """Its first step on a gradient of 1 everywhere is lr / (1 + eps), for both networks."""
+    model = train_ppo.FourModels(random_model("causal"), networks.ScalarModel(random_model("causal")))
+    optimizer = train_ppo.build_optimizer(train_ppo.Config(adam_eps=eps, lr=0.01, value_lr=0.01), model)
+    parameters = [*model.policy.parameters(), *model.value.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, old in zip(parameters, before):
+        torch.testing.assert_close(old - p.detach(), torch.full_like(p, 0.01 / (1 + eps)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stage", [train_pretrain, train_sft, train_rm, train_dpo])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_weight_decay_is_on_matrices_alone(stage, structure, random_model):
+    """Without a gradient a step shrinks the layers' matrices by lr x weight_decay, and leaves tables and norms."""
+    model = random_model(structure)
+    model = networks.ScalarModel(model) if stage is train_rm else model
+    optimizer = stage.build_optimizer(stage.Config(lr=0.1, weight_decay=0.5), model)
+    matrices = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        kept = 0.95 if id(p) in matrices else 1.0
+        torch.testing.assert_close(p.detach(), kept * before[name])
+        assert (kept == 1.0) == (".embedding" in f".{name}" or "norm" in name or name.endswith("bias")), name

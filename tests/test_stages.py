@@ -175,7 +175,8 @@ def test_ppo_with_prompts_alone_and_an_own_reward(flow, no_curves, capsys, advan
     (("--minibatch_size", "0"), "minibatch_size"), (("--epochs", "0"), "epochs"), (("--ptx_size", "0"), "ptx_size"),
     (("--temperature", "0"), "temperature"), (("--temperature", "inf"), "temperature"), (("--value_lr", "-1"), "value_lr"), (("--beta", "nan"), "beta"),
     (("--ptx", "-1"), "ptx"), (("--score_clip", "-1"), "score_clip"), (("--max_new", "128"), "no room"), (("--seed", "-1"), "seed"), (("--row", "0"), "row"),
-    (("--beta", "-1"), "beta"), (("--lam", "7"), "lam"), (("--advantage", "rloo", "--lam", "1"), "lam: rloo"), (("--ratio_clip", "-1"), "ratio_clip")])
+    (("--beta", "-1"), "beta"), (("--lam", "7"), "lam"), (("--advantage", "rloo", "--lam", "1"), "lam: rloo"), (("--ratio_clip", "-1"), "ratio_clip"),
+    (("--value_clip", "0"), "value_clip is 0.0; it must be above 0"), (("--advantage", "grpo", "--whiten_rewards"), "whole answers")])
 @one_structure
 def test_bad_ppo_flags_are_one_sentence(flow, flags, fragment, monkeypatch, capsys, tmp_path, package):
     """Said before anything is written."""
@@ -456,6 +457,13 @@ def test_a_run_does_not_go_on_from_another_start(flow, no_curves, tmp_path):
     settings = json.loads((rm / "config.json").read_text())                # as if trained anew with another seed
     (rm / "config.json").write_text(json.dumps(settings | {"seed": 9}))
     with pytest.raises(UserError, match="rm at step 4 of run .* -> step 4 of run "):
+        train_ppo.main(dataclasses.replace(config, steps=2))
+    own = tmp_path / "own.py"
+    own.write_text("def reward(prompt, response): return 1.0")
+    config = dataclasses.replace(config, reward=f"{own}:reward", out=str(tmp_path / "own"))
+    train_ppo.main(config)
+    own.write_text("def reward(prompt, response): return -5.0")
+    with pytest.raises(UserError, match="own.py:reward at file .* -> file "):
         train_ppo.main(dataclasses.replace(config, steps=2))
 
 
