@@ -39,8 +39,11 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
              **{name: part.state_dict() for name, part in parts.items()}}
     for half_written in run.folder.glob("checkpoint-*.tmp"):           # a run was killed in the middle of it
         half_written.unlink()
-    with replacing(run.folder / f"checkpoint-{step:07d}.pt") as file:
-        torch.save(state, file)
+    try:
+        with replacing(run.folder / f"checkpoint-{step:07d}.pt") as file:
+            torch.save(state, file)
+    except RuntimeError as error:                      # torch's own words hide what the disk has said
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     for old in steps_of(run.folder)[:-config.keep]:
         (run.folder / f"checkpoint-{old:07d}.pt").unlink()
 
@@ -93,8 +96,8 @@ def load_model(folder: str, context: int = 0, structure: str = "",
     state = latest(Path(folder), step)
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
-    saved = state["model_config"]["structure"]
-    if structure not in ("", saved) and "encdec" in (structure, saved):
+    saved = state.get("model_config", {}).get("structure", "")
+    if saved and structure not in ("", saved) and "encdec" in (structure, saved):
         raise UserError(f"{folder} is {saved}, which cannot become {structure}: these are different networks")
     try:
         with torch.device("meta"):             # no memory, no random draws: every tensor comes from the file
@@ -102,7 +105,7 @@ def load_model(folder: str, context: int = 0, structure: str = "",
             if "head.weight" in state["model"]:
                 model = ScalarModel(model)
         model.load_state_dict(state["model"], assign=True)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, KeyError):
         raise UserError(f"{folder} was written by another version of this program; train it anew") from None
     if model.config.positions == "learned" and context > model.config.max_positions:
         raise UserError(f"{folder} has learned {model.config.max_positions} positions; context {context} is "

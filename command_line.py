@@ -64,19 +64,24 @@ def run(main, config_class, description: str, parse=parse) -> None:
     def stop(signum, frame):
         raise SystemExit(_say(f"stopped{goes_on}", 128 + signum))
     signal.signal(signal.SIGTERM, stop)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if hasattr(stream, "reconfigure"):   # bytes that are no text come in, letters that it lacks go out
+            stream.reconfigure(errors=errors)
     others: list[subprocess.Popen] = []
     try:
         config = parse(config_class, sys.argv[1:], description)
-        if hasattr(config, "ranks") and "WORLD_SIZE" not in os.environ:
+        if hasattr(config, "ranks"):
             apply_tiny(config)
-            others = start_ranks(hardware.choose_ranks(config))
+            if "WORLD_SIZE" not in os.environ:
+                others = start_ranks(hardware.choose_ranks(config))
         main(config)
     except UserError as error:
         sys.exit(_say(error, 2))
     except Fault as error:
         sys.exit(_say(error, 1))
-    except BrokenPipeError:                  # whoever read our output has seen enough
+    except BrokenPipeError:                  # whoever read our output has seen enough, or has died
         sys.stdout = open(os.devnull, "w")
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as error:                 # a full disk, a folder that is a file, no permission
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:

@@ -149,7 +149,10 @@ def read_log(path: Path) -> list[dict]:
     """The rows of a log, none where there is no file. A last line that was cut short, where the disk was full
     or the power went, is left out.
     """
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
 
 
 def set_up(config) -> Run:
@@ -191,10 +194,17 @@ def check(config) -> None:
              "max_new", "eval_size", "prompts", "keep")
     check_seed(config)
     at_least(0, config, "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
-             "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "value_lr", "adam_eps",
-             "ptx", "no_end", "score_clip", "mismatched")
+             "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "value_lr",
+             "adam_eps", "ptx", "no_end", "score_clip", "mismatched")
     if not config.out:
         raise UserError("out is empty; it must name a folder")
+    out = Path(config.out).absolute()
+    try:
+        place = next(path for path in (out, *out.parents) if path.exists())
+    except OSError as error:                                        # a name that is too long
+        raise UserError(f"out {config.out}: {error.strerror}") from None
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"out {config.out}: {place} is no folder that can be written to")
     if not 2 <= getattr(config, "answers", 2) <= 9:
         raise UserError(f"answers is {config.answers}; it must be 2 to 9")
     if not 0 <= getattr(config, "label_noise", 0) <= 0.5:
@@ -329,7 +339,13 @@ class Log:
         for name, value in metrics.items():
             self.interval.setdefault(name, []).append(float(value))
 
+    def lacks(self, step: int, config) -> bool:
+        """Whether a line is due after this step that is not there."""
+        every = (config.eval_every, getattr(config, "log_every", 1))
+        return step > self.last.get("step", 0) and any(due(step, n, config.steps) for n in every)
+
     def line(self, step: int, **metrics: float) -> None:
+        check_finite(step - 1, **{name: value for name, value in metrics.items() if "loss" in name})
         means = {name: sum(values) / len(values) for name, values in self.interval.items()}
         self.interval = {}
         self.last = row = {"step": step, **means, **metrics, "seconds": round(self.run.seconds(), 1)}

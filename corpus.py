@@ -233,6 +233,8 @@ def load_place(path: str) -> list[Record]:
         content = place.read_text(encoding="utf-8-sig")                # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
     if not records:
         raise UserError(f"{path}: it is empty")

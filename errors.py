@@ -3,6 +3,7 @@ an exit code of them.
 """
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read_json(path: Path, absent: Any = None, kind: type = dict) -> Any:
     """The content of a file that must hold an object (kind: or a list). absent: what to return where there is
     no file; None: refuse.
     """
-    if absent is not None and not Path(path).exists():
+    if absent is not None and not os.path.exists(path):             # nor does a name that is too long
         return absent
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

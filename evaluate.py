@@ -279,7 +279,6 @@ def collect_answers(study: Study, models: dict) -> tuple[dict[str, list], dict[s
     for name, model, temperature in tqdm(asked, "sampling answers", leave=False, disable=None):
         prompts = study.prompts * (study.config.samples if temperature else 1)
         answers = answers_of(study, model, temperature, prompts) if model else best_of_n(study)
-        answers = first_line(study, answers) if name == "base" else answers
         (written if temperature else greedy)[name] = answers
     return written, greedy
 
@@ -290,6 +289,8 @@ def build_report(config: Config) -> tuple[dict, str]:
     base, sft = models["pretrain"], models["sft"]
     authors = {"base": base, "sft": sft} | {name: models[name] for name in ("dpo", "ppo") if name in models}
     written, greedy = collect_answers(study, authors)
+    whole = written["base"]
+    written["base"], greedy["base"] = first_line(study, whole), first_line(study, greedy["base"])
     rivals = {"human": golds_of(study, study.human),
               "sft": golds_of(repeated(study, config.samples), written["sft"])}
     authors["sft_cool"] = sft
@@ -298,7 +299,7 @@ def build_report(config: Config) -> tuple[dict, str]:
     for name in tqdm(rows, "measuring them", leave=False, disable=None):
         row = row_of(study, written[name], greedy.get(name), authors.get(name) if name != "base" else None,
                      rivals, config.cool if name == "sft_cool" else 1.0)
-        row |= loss_of(study, base) if name == "base" else {}
+        row |= loss_of(study, base) | distance_of(study, base, whole, 1.0) if name == "base" else {}
         report[name] = {column: round(value, 4) for column, value in row.items()}
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)
@@ -333,7 +334,8 @@ MEANING = {"gold": "labeller's score", "gold_low": "its 95 % interval", "gold_gr
            "about": "identifier's words", "f1_greedy": "with human line¹", "win_human": "preferred to it",
            "reward": "reward model's", "kl": "nats an answer", "entropy": "nats a token",
            "loss": "of human answers", "length": "tokens"}
-FOOTNOTE = "¹ sft_cool, best_of_n and human have none: there the figures of their own answers."
+FOOTNOTE = ("¹ sft_cool, best_of_n and human have none: there the figures of their own answers. Of base the "
+            "first lines are scored; kl and entropy are those of all that it wrote.")
 ROWS = ("base", "sft", "sft_cool", "best_of_n", "dpo", "ppo", "human")
 
 

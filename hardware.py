@@ -104,11 +104,13 @@ def choose_ranks(config) -> int:
     at_least(0, config, "ranks")
     if choose_device(config.device).type != "cpu":
         return 1
+    sizes = [getattr(config, name, 0) for name in ("batch_size", "minibatch_size", "ptx_size")]
+    groups = [size / max(1, getattr(config, "samples", 1)) for size in sizes[:2]]            # of answers
+    shared = math.gcd(*sizes, *(int(n) if n == int(n) else 1 for n in groups))      # by ranks, equally
+    if config.ranks and shared % config.ranks:
+        raise UserError(f"ranks is {config.ranks}; to share every step equally it must divide {shared}")
     if config.ranks or "ranks" in recorded(config):
         return config.ranks or recorded(config)["ranks"]
-    sizes = [getattr(config, name, 0) for name in ("batch_size", "minibatch_size", "ptx_size")]
-    groups = config.batch_size // max(1, getattr(config, "samples", 1))
-    shared = math.gcd(*sizes, groups)                       # what every rank must get an equal part of
     n = max(n for n in range(1, cores() + 1) if shared % n == 0)
     if n == 1 or config.tiny or "OMP_NUM_THREADS" in os.environ:
         return 1

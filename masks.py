@@ -12,7 +12,7 @@ A row of a batch may hold several documents (packing), and a document one source
 not see each other (the candidates of one prompt). Three integers per token say all of it (data.Batch):
 `document` (-1: padding), `part` (0: source, k: the k-th target) and its index in the row.
 """
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -196,16 +196,25 @@ def write_picture(path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--picture", metavar="FILE", help="draw the figure into this file (png, pdf or svg)")
-    picture = flags.parse_args().picture
-    if picture and not Path(picture).absolute().parent.is_dir():
-        flags.error(f"--picture {picture}: there is no such folder")
-    if picture and Path(picture).is_dir():
-        flags.error(f"--picture {picture}: it is a folder")
-    if picture and Path(picture).suffix not in (".png", ".pdf", ".svg"):
-        flags.error(f"--picture {picture}: the name must end in .png, .pdf or .svg")
+@dataclass
+class Config:
+    picture: str = ""                   # draw the figure into this file too (png, pdf or svg)
+
+
+def main(config: Config) -> None:
+    from errors import UserError                   # only a program needs it
+    picture = Path(config.picture)
+    if config.picture and not picture.absolute().parent.is_dir():
+        raise UserError(f"picture {picture}: there is no such folder")
+    if picture.is_dir() and config.picture:
+        raise UserError(f"picture {picture}: it is a folder")
+    if config.picture and picture.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"picture {picture}: the name must end in .png, .pdf or .svg")
+    if config.picture:
+        write_picture(config.picture)
     print(ascii_picture())
-    if picture:
-        write_picture(picture)
+
+
+if __name__ == "__main__":
+    import command_line
+    command_line.run(main, Config, __doc__)

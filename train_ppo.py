@@ -110,13 +110,16 @@ def set_up(config: Config) -> common.Run:
         raise UserError(f"{', '.join(ignored)}: {config.advantage} compares whole answers and has no value "
                         "model; these belong to --advantage gae")
     if config.whiten_rewards and config.advantage != "gae":
-        raise UserError(f"whiten_rewards scales the rewards of tokens; {config.advantage} compares whole answers")
+        raise UserError(f"whiten_rewards scales the rewards of tokens; {config.advantage} compares whole "
+                        "answers")
     if config.samples < 1 + (config.advantage != "gae"):
         raise UserError(f"samples is {config.samples}; it must be at least 1, and for rloo and grpo, which "
                         "compare the answers to a prompt, at least 2")
-    if config.batch_size % (config.samples * run.world):
-        raise UserError(f"samples {config.samples}, times the {run.world} ranks, must divide batch_size "
-                        f"{config.batch_size}")
+    if config.batch_size % config.samples:
+        raise UserError(f"samples {config.samples} must divide batch_size {config.batch_size}")
+    if run.world > 1 and config.minibatch_size % (config.samples * run.world):
+        raise UserError(f"samples {config.samples}, times the {run.world} ranks, must divide minibatch_size "
+                        f"{config.minibatch_size}: the answers to a prompt stay on one rank")
     return run
 
 
@@ -587,6 +590,8 @@ def main(config: Config) -> dict[str, float]:
     if config.compile:                                 # or its rounding would not be the policy's
         model.reference = torch.compile(model.reference)
 
+    if log.lacks(start, config):                       # it was stopped between a save and this line
+        log.line(start, **evaluate(config, run, loaded, model))
     for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config, group["highest"])
@@ -598,8 +603,6 @@ def main(config: Config) -> dict[str, float]:
         if signs := warnings_of(log.last, log.first):
             run.print("look at samples: " + "; ".join(signs))
 
-    if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
-        log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
     run.finish(following(config))

@@ -229,6 +229,8 @@ def main(config: Config) -> dict[str, float]:
     log = common.Log(run, start)
     wrapped = common.wrap(model, run, config.compile)
 
+    if log.lacks(start, config):                       # it was stopped between a save and this line
+        log.line(start, **evaluate(config, run, loaded, model))
     for step in run.progress(range(start, config.steps), "steps"):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, config)
@@ -241,8 +243,6 @@ def main(config: Config) -> dict[str, float]:
         if due or common.due(step + 1, config.log_every, config.steps):
             log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
 
-    if log.last.get("step") != config.steps:           # it was stopped between its last save and this line
-        log.line(config.steps, **evaluate(config, run, loaded, model))
     log.curves()
     write_samples(config, run, loaded, model)
     print_sources(run, log.last)

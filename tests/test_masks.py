@@ -208,10 +208,11 @@ def test_command_line_draws_a_picture(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--picture"], ["--pictures", "masks.png"], ["masks.png"]])
 def test_command_line_refuses_wrong_arguments(arguments, monkeypatch, tmp_path, capsys):
-    """Anything else ends with the usage and an exit code that is not zero, and writes nothing."""
+    """Anything else ends with a sentence and exit code 2, and writes nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["masks.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(MASKS_PY), run_name="__main__")
-    assert "usage: masks.py" in capsys.readouterr().err and stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and stop.value.code == 2
     assert list(tmp_path.iterdir()) == []

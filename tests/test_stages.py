@@ -1,7 +1,10 @@
 """The four stages and DPO end to end on a small generated package: every structure, resuming, ranks, bad input."""
+import contextlib
 import copy
 import dataclasses
+import errno
 import functools
+import io
 import json
 import os
 import shutil
@@ -25,6 +28,7 @@ import generate
 import hardware
 import labeller
 import masks
+import model as networks
 import objectives
 import train_dpo
 import train_ppo
@@ -372,7 +376,7 @@ def test_the_report_covers_all_rows(flow, package):
         assert 0 <= report[row]["gold_low"] <= report[row]["gold"] <= report[row]["gold_high"] <= 1
     assert abs(report["sft"]["kl"]) < 1e-4
     assert {row for row in evaluate.ROWS if "loss" in report[row]} == {"base", "sft", "sft_cool", "dpo", "ppo"}
-    assert {row for row in evaluate.ROWS if "entropy" in report[row]} == {"sft", "sft_cool", "dpo", "ppo"}
+    assert {row for row in evaluate.ROWS if "entropy" in report[row]} == {"base", "sft", "sft_cool", "dpo", "ppo"}
     assert {"accuracy", "accuracy_human_sample"} <= set(report["reward_model"])
 
 
@@ -439,6 +443,24 @@ def test_a_run_stopped_before_its_last_line_writes_it(flow, no_curves, tmp_path)
         evaluated = [name for name in line if name in ("loss", "accuracy", "eval_gold", "eval_loss")]
         assert again["step"] == config.steps and evaluated
         assert [again[name] for name in evaluated] == pytest.approx([line[name] for name in evaluated])
+
+
+@one_structure
+def test_a_run_stopped_between_a_save_and_its_line_writes_it(flow, no_curves, tmp_path):
+    """In the middle too: the log of the resumed run has every step that the other has, and its evaluation."""
+    _, stages, _ = flow
+    for main, config in stages:
+        copy = shutil.copytree(config.out, tmp_path / Path(config.out).name)
+        whole = common.read_log(copy / "metrics.jsonl")
+        middle, last = checkpoint.steps_of(copy)
+        (copy / f"checkpoint-{last:07d}.pt").unlink()
+        (copy / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in whole if row["step"] < middle))
+        main(dataclasses.replace(config, out=str(copy)))
+        rows = common.read_log(copy / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [row["step"] for row in whole]
+        for row, usual in zip(rows, whole):
+            evaluated = [name for name in usual if name in ("loss", "accuracy", "eval_gold", "eval_loss")]
+            assert [row[name] for name in evaluated] == pytest.approx([usual[name] for name in evaluated])
 
 
 @one_structure
@@ -516,7 +538,7 @@ def test_the_report_says_what_is_missing(flow, tmp_path, capsys):
     config = evaluate.Config(runs=str(tmp_path), data=flow[1][1][1].data, device="cpu", prompts=4, max_new=4)
     report = evaluate.main(config)
     assert {"base", "sft", "sft_cool", "human"} <= set(report) and not {"ppo", "best_of_n"} & set(report)
-    assert "reward" not in report["sft"] and report["sft_cool"]["kl"] > 0 and "kl" not in report["base"]
+    assert "reward" not in report["sft"] and report["sft_cool"]["kl"] > 0 and report["base"]["kl"] > 0
     assert f"note: {tmp_path}/rm holds no checkpoint" in capsys.readouterr().out
     path = tmp_path / "pretrain" / "tokenizer.tiktoken"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
@@ -696,11 +718,14 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
         assert hardware.choose_ranks(config) == ranks
     if module is train_ppo:                   # of 64 answers, 32 to a prompt, two ranks can have equal shares
         assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), batch_size=64, samples=32)) == 2
+        assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), minibatch_size=4)) == 1    # a prompt's
     (tmp_path / "config.json").write_text('{"ranks": 7}')
     assert hardware.choose_ranks(config) == 7
     with pytest.raises(UserError, match="ranks is -1"):
         hardware.choose_ranks(module.Config(device="cpu", ranks=-1))
-    assert hardware.choose_ranks(module.Config(device="cpu", ranks=3)) == 3
+    assert hardware.choose_ranks(module.Config(device="cpu", ranks=2)) == 2
+    with pytest.raises(UserError, match="ranks is 3; to share every step equally it must divide"):
+        hardware.choose_ranks(module.Config(device="cpu", ranks=3))
 
 
 def test_threads_are_those_of_this_machine(monkeypatch):
@@ -836,12 +861,37 @@ def test_a_slip_of_the_pen_is_found_before_the_text_is_read(monkeypatch, capsys,
 
 
 def test_an_out_that_is_a_file_is_one_sentence(monkeypatch, capsys, tmp_path, package):
-    """A fault of the machine's: exit code 1, no traceback."""
+    """Said before anything is read; so is a folder below a file, and a name that no disk takes."""
     (tmp_path / "out").write_text("")
-    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--data", str(package), "--vocab", "420", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as exit_info:
-        command_line.run(train_pretrain.main, train_pretrain.Config, "")
-    assert exit_info.value.code == 1 and str(tmp_path / "out") in capsys.readouterr().err
+    for out, reason in ((tmp_path / "out", "no folder"), (tmp_path / "out" / "x", "no folder"), (tmp_path / ("x" * 300), "too long")):
+        error = fails(monkeypatch, capsys, train_pretrain, "--data", str(package), "--vocab", "420", "--out", str(out))
+        assert str(out) in error and reason in error
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
+    """torch.save makes a RuntimeError of it; the checkpoint before stays."""
+    run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    config = train_sft.Config()
+    checkpoint.save(run, 1, config, networks.ModelConfig("causal", 9, 1, 1, 1, width=8))
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint, "replacing", lambda path: contextlib.nullcontext(Full()))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(run, 2, config, networks.ModelConfig("causal", 9, 1, 1, 1, width=8))
+    assert checkpoint.steps_of(tmp_path) == [1]
+
+
+def test_output_that_nobody_reads_is_no_success(monkeypatch):
+    """As of a program that SIGPIPE ends."""
+    def cut(config):
+        raise BrokenPipeError
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--ranks", "1"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(cut, train_sft.Config, "")
+    assert stopped.value.code == 141
 
 
 def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
