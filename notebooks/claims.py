@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,9 @@ class Config:
 def measured(config: Config, name: str, seed: int) -> list[dict]:
     """The rows of one measurement and seed. Runs in a worker: one thread."""
     torch.set_num_threads(1)
-    measurement = next(m for m in MEASUREMENTS if m.__name__ == name)
+    measurement, begun = next(m for m in MEASUREMENTS if m.__name__ == name), time.perf_counter()
     rows = measurement(Flow(config, seed))
+    tqdm.write(f"{name}, seed {seed}: {(time.perf_counter() - begun) / 60:.1f} minutes on one core")
     return [{"claim": name, "seed": seed,
              **{key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}}
             for row in rows]

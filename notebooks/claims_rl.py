@@ -314,8 +314,7 @@ def stability(flow: Flow) -> list[dict]:
     for lr in (2e-4, 1e-3, 5e-3):
         for beta in (0.0, 0.05, 0.3):
             row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
-            settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, eval_every=0,
-                            **flow.steps(train_ppo, 0.3))
+            settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, **flow.steps(train_ppo, 0.3))
             try:
                 lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings))
             except Fault as fault:

@@ -1,7 +1,6 @@
 """The measurements of claims.py about structures, pretraining and supervised fine-tuning."""
 import copy
 import itertools
-import re
 import time
 
 import numpy as np
@@ -58,23 +57,35 @@ def equal_arithmetic(flow: Flow) -> list[dict]:
 
 
 def compared(flow: Flow, variants: dict[str, dict]) -> list[dict]:
-    """A row for each variant: what it reads and costs, and what it does after the same short SFT. One that
-    two measurements name is trained once.
-    """
-    rows, ends = [], ENDS[:1] if flow.config.tiny else ENDS
+    """A row for each variant: what it reads and costs, and what it does after the same short SFT."""
+    rows = []
     for name, settings in variants.items():
-        run = "structure_" + re.sub(r"\W+", "_", name)
-        steps, context = flow.steps(train_pretrain, 0.2), BEGINNING + ends[-1] + 1
-        pretrain = flow.train(train_pretrain, run, **settings, **steps, context=context,
-                              row=context, eval_every=0, save_every=max(1, steps["steps"] // 4), keep=5)
-        sft = flow.sft(f"{run}_sft", init=pretrain, source_weight=0.0, **flow.steps(train_sft, 0.15))
+        pretrain, sft = pretrained_and_tuned(flow, **settings)
         model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
         rows.append({"row": name, "parameters": model_file.parameter_count(model),
                      "counted_per_step": line["counted"],
                      **price_of_token(pretrain),
                      "loss_summary": metrics_of(sft)[-1]["loss"], **summaries(flow, sft),
-                     **continuations(flow, pretrain, model, ends), "curve": curve(pretrain, context)})
+                     **continuations(flow, pretrain, model), "curve": curve(pretrain)})
     return rows
+
+
+def ends_of(flow: Flow) -> tuple[int, ...]:
+    return ENDS[:1] if flow.config.tiny else ENDS
+
+
+def pretrained_and_tuned(flow: Flow, structure: str, objective: str = "next_token", lr: float = 3e-3,
+                         **others) -> tuple[str, str]:
+    """A fifth of pretraining's steps, and of SFT's: the two runs. What several measurements compare is
+    trained once. SFT has a rate that the encoder-decoder bears: the default costs it 0.1 to 0.2 nats.
+    """
+    name = "_".join([structure, objective, *(f"{key}_{value}" for key, value in others.items()), f"{lr:g}"])
+    context, steps = BEGINNING + ends_of(flow)[-1] + 1, flow.steps(train_pretrain, 0.2)
+    pretrain = flow.train(train_pretrain, name, structure=structure, objective=objective, lr=lr, **others,
+                          **steps, context=context, row=context, save_every=max(1, steps["steps"] // 4),
+                          keep=5)
+    return pretrain, flow.sft(f"{name}_sft", init=pretrain, lr=3e-3, source_weight=0.0, save_every=0,
+                              **flow.steps(train_sft, 0.2))
 
 
 def nats_of(model, examples: list[data.Example], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,12 +103,13 @@ def nats_of(model, examples: list[data.Example], tokenizer) -> tuple[torch.Tenso
 
 
 @torch.no_grad()
-def curve(folder: str, context: int) -> list[list[float]]:
+def curve(folder: str) -> list[list[float]]:
     """[tokens read in training, nats per token of the same ends of held-out texts] at every checkpoint."""
     config, _, loaded = data_of(train_pretrain, folder, objective="prefix_lm", eval_size=300)
     losses = [(step, nats_of(checkpoint.load_model(folder, step=step), loaded.held_out, loaded.tokenizer)[0])
               for step in checkpoint.steps_of(folder)]
-    return [[step * config.batch_size * context, round(float(nats.mean()), 4)] for step, nats in losses]
+    return [[step * config.batch_size * config.context, round(float(nats.mean()), 4)]
+            for step, nats in losses]
 
 
 def price_of_token(folder: str) -> dict[str, float]:
@@ -154,7 +166,7 @@ def judge_of(flow: Flow) -> labeller.Labeller:
 
 
 @torch.no_grad()
-def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict[str, float]:
+def continuations(flow: Flow, folder: str, model) -> dict[str, float]:
     """Held-out texts cut after 32 tokens: nats per token of what follows, near and far; the share of repeated
     word pairs in sampled continuations, and what the judge thinks of them; milliseconds per generated token.
 
@@ -162,6 +174,7 @@ def continuations(flow: Flow, folder: str, model, ends: tuple[int, ...]) -> dict
     which has read four times as much: its nats per token of the sampled text, and of what the author wrote.
     """
     _, _, loaded = data_of(train_pretrain, folder, objective="next_token", eval_size=10_000)
+    ends = ends_of(flow)
     whole = BEGINNING + ends[-1]
     long = [text for example in loaded.held_out for text in example.targets if len(text) >= whole]
     examples = [data.Example(text[:BEGINNING], [text[BEGINNING:whole]]) for text in long[:100]]
@@ -208,11 +221,9 @@ WRITES_ON = ("next_token", "prefix_lm", "ul2")       # objectives that teach to 
 
 def structures_and_objectives(flow: Flow) -> list[dict]:
     """One budget of tokens, nine pairs of a structure and an objective, two learning rates, the same SFT."""
-    rows, steps = [], flow.steps(train_pretrain, 0.2)["steps"]
+    rows = []
     for (structure, objective), lr in itertools.product(OBJECTIVES, (3e-3, 1e-3)):
-        name, once = f"{structure}_{objective}_{lr:g}", dict(steps=steps, eval_every=0, save_every=0)
-        pretrain = flow.train(train_pretrain, name, **once, structure=structure, objective=objective, lr=lr)
-        sft = flow.sft(f"{name}_sft", **once, init=pretrain, lr=3e-3, source_weight=0.0)
+        pretrain, sft = pretrained_and_tuned(flow, structure, objective, lr)
         row = {"row": f"{structure}, {objective}, {lr:g}",
                "parameters": model_file.parameter_count(checkpoint.load_model(pretrain))}
         if objective in WRITES_ON:
@@ -242,8 +253,7 @@ def pretraining_settings(flow: Flow) -> list[dict]:
                 name = f"pretrain_batch{batch_size}_warmup{warmup_share:.1%}_lr{lr:g}"
                 row = {"row": f"batch {batch_size}, warm-up {warmup_share:.1%}, lr {lr:g}", "lr": lr}
                 try:
-                    folder = flow.train(train_pretrain, name, batch_size=batch_size, lr=lr, eval_every=0,
-                                        **steps)
+                    folder = flow.train(train_pretrain, name, batch_size=batch_size, lr=lr, **steps)
                     row["bits_per_byte"] = metrics_of(folder)[-1]["bits_per_byte"]
                 except Fault as fault:                             # a loss that is not finite
                     row["diverged"] = str(fault)
@@ -257,7 +267,7 @@ def width_transfer(flow: Flow) -> list[dict]:
     for width in (64, 128, 256):
         for lr in (1e-3, 3e-3, 1e-2):
             folder = flow.train(train_pretrain, f"pretrain_width{width}_lr{lr:g}", width=width, lr=lr,
-                                eval_every=0, **flow.steps(train_pretrain, 0.06))
+                                **flow.steps(train_pretrain, 0.06))
             rows.append({"row": f"width {width}, lr {lr:g}", "width": width, "lr": lr,
                          "bits_per_byte": metrics_of(folder)[-1]["bits_per_byte"]})
     return rows
@@ -277,7 +287,7 @@ def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init
     path = flow.folder / f"{name}.jsonl"
     if not path.exists():
         write_pairs(path, pairs + [(r.prompt, r.response) for r in held_out[:600]])
-    sft = flow.sft(name, init=init, data=str(path), eval_every=0, **flow.steps(train_sft, 0.15))
+    sft = flow.sft(name, init=init, data=str(path), **flow.steps(train_sft, 0.15))
     return sft, {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
 
 
@@ -294,7 +304,7 @@ def losses_under_base(flow: Flow, pairs: list[corpus.Record]) -> np.ndarray:
 
 def random_base(flow: Flow) -> str:
     """A base model that has seen one step of text at a learning rate of nothing."""
-    return flow.train(train_pretrain, "pretrain_none", steps=1, warmup=0, lr=0.0, eval_every=0)
+    return flow.train(train_pretrain, "pretrain_none", steps=1, warmup=0, lr=0.0)
 
 
 def pretraining_for_sft(flow: Flow) -> list[dict]:

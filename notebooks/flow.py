@@ -38,11 +38,13 @@ class Flow:
         return Path(self.config.out) / str(self.seed)
 
     def train(self, stage, name: str, **settings) -> str:
-        """stage.main with these settings, its output in <name>.txt. One process at a time may train a run."""
+        """stage.main with these settings, evaluated at the end alone; its output in <name>.txt. One process
+        at a time may train a run.
+        """
         out = self.folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         shared = dict(data=self.config.data, seed=self.seed, tiny=self.config.tiny, dtype="fp32",
-                      device="cpu", out=str(out))
+                      device="cpu", out=str(out), eval_every=0)
         with open(self.folder / f"{name}.txt", "a") as file, contextlib.redirect_stdout(file):
             flock(file, LOCK_EX)
             stage.main(stage.Config(**shared | settings))

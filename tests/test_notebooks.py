@@ -89,9 +89,10 @@ def test_the_sources_that_are_shown_are_todays(path):
         shown = "".join(output.get("text", "") for output in cell.outputs)
         for file, name in re.findall(r"^print\(inspect.getsource\((\w+)\.(\w+)", cell.source, re.MULTILINE):
             file = {"networks": "model"}.get(file, file)
-            source = (ROOT / f"{file}.py").read_text()
+            place = ROOT if (ROOT / f"{file}.py").exists() else ROOT / "notebooks"
+            source = (place / f"{file}.py").read_text()
             nodes = [node for node in ast.parse(source).body
-                     if name in {getattr(node, "name", "")} | {target.id for target in getattr(node, "targets", ())}]
+                     if name in {getattr(node, "name", "")} | {getattr(target, "id", "") for target in getattr(node, "targets", ())}]
             assert ast.get_source_segment(source, nodes[0]) in shown, (path.name, name)
 
 
