@@ -108,7 +108,8 @@ def choose_ranks(config) -> int:
     groups = [size / max(1, getattr(config, "samples", 1)) for size in sizes[:2]]            # of answers
     shared = math.gcd(*sizes, *(int(n) if n == int(n) else 1 for n in groups))      # by ranks, equally
     if config.ranks and shared % config.ranks:
-        raise UserError(f"ranks is {config.ranks}; to share every step equally it must divide {shared}")
+        raise UserError(f"ranks is {config.ranks}; to share every step equally it must divide {shared}"
+                        + ", as many as whole prompts of a minibatch allow" * hasattr(config, "samples"))
     if config.ranks or "ranks" in recorded(config):
         return config.ranks or recorded(config)["ranks"]
     n = max(n for n in range(1, cores() + 1) if shared % n == 0)

@@ -343,7 +343,7 @@ def test_a_reward_that_fails_on_another_rank_is_told(flow, package, tmp_path):
     failed = subprocess.run(
         [sys.executable, str(ROOT / "train_ppo.py"), "--init", str(runs / "sft"), "--data", str(package), "--ranks", "2",
          "--dtype", "fp32", "--device", "cpu", "--reward", f"{tmp_path}/mine.py:reward", "--out", str(tmp_path / "ppo"),
-         "--max_new", "8", "--batch_size", "8", "--minibatch_size", "4"], capture_output=True, text=True, timeout=120,
+         "--max_new", "8", "--batch_size", "8", "--minibatch_size", "8"], capture_output=True, text=True, timeout=120,
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert failed.returncode == 2 and len(errors) == 1 and "ZeroDivisionError" in errors[0], failed.stderr
