@@ -96,10 +96,11 @@ def load_model(folder: str, context: int = 0, structure: str = "",
     state = latest(Path(folder), step)
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
-    saved = state.get("model_config", {}).get("structure", "")
-    if saved and structure not in ("", saved) and "encdec" in (structure, saved):
-        raise UserError(f"{folder} is {saved}, which cannot become {structure}: these are different networks")
     try:
+        saved = state["model_config"]["structure"]
+        if structure not in ("", saved) and "encdec" in (structure, saved):
+            raise UserError(f"{folder} is {saved}, which cannot become {structure}: these are different "
+                            "networks")
         with torch.device("meta"):             # no memory, no random draws: every tensor comes from the file
             model = build(ModelConfig(**state["model_config"] | dict(structure=structure or saved)))
             if "head.weight" in state["model"]:

@@ -196,15 +196,7 @@ def check(config) -> None:
     at_least(0, config, "micro_batch_size", "warmup", "weight_decay", "lr", "clip", "eval_every",
              "log_every", "save_every", "source_weight", "beta", "kl_target", "kl_stop", "value_lr",
              "adam_eps", "ptx", "no_end", "score_clip", "mismatched")
-    if not config.out:
-        raise UserError("out is empty; it must name a folder")
-    out = Path(config.out).absolute()
-    try:
-        place = next(path for path in (out, *out.parents) if path.exists())
-    except OSError as error:                                        # a name that is too long
-        raise UserError(f"out {config.out}: {error.strerror}") from None
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"out {config.out}: {place} is no folder that can be written to")
+    check_out(config.out)
     if not 2 <= getattr(config, "answers", 2) <= 9:
         raise UserError(f"answers is {config.answers}; it must be 2 to 9")
     if not 0 <= getattr(config, "label_noise", 0) <= 0.5:
@@ -219,6 +211,19 @@ def check(config) -> None:
             raise UserError(f"{name} is {getattr(config, name)}; it must be above 0 and finite")
     if config.resume not in ("auto", "must", "never"):
         raise UserError(f"resume is {config.resume!r}; it must be auto, must or never")
+
+
+def check_out(out: str) -> None:
+    """Refuse a run folder that cannot be made or written to; nothing is made yet."""
+    if not out:
+        raise UserError("out is empty; it must name a folder")
+    folder = Path(out).absolute()
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:                                        # a name that is too long
+        raise UserError(f"out {out}: {error.strerror}") from None
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"out {out}: {place} is no folder that can be written to")
 
 
 def learning_rate(step: int, config, highest: float | None = None) -> float:

@@ -105,8 +105,8 @@ def choose_ranks(config) -> int:
     if choose_device(config.device).type != "cpu":
         return 1
     sizes = [getattr(config, name, 0) for name in ("batch_size", "minibatch_size", "ptx_size")]
-    groups = [size / max(1, getattr(config, "samples", 1)) for size in sizes[:2]]            # of answers
-    shared = math.gcd(*sizes, *(int(n) if n == int(n) else 1 for n in groups))      # by ranks, equally
+    prompts, cut = divmod(sizes[1], max(1, getattr(config, "samples", 1)))          # of a minibatch
+    shared = math.gcd(*sizes, 1 if cut else prompts)                                # by ranks, equally
     if config.ranks and shared % config.ranks:
         raise UserError(f"ranks is {config.ranks}; to share every step equally it must divide {shared}"
                         + ", as many as whole prompts of a minibatch allow" * hasattr(config, "samples"))

@@ -203,14 +203,14 @@ class Config:
 
 def main(config: Config) -> None:
     from errors import UserError                   # only a program needs it
-    picture = Path(config.picture)
-    if config.picture and not picture.absolute().parent.is_dir():
-        raise UserError(f"picture {picture}: there is no such folder")
-    if picture.is_dir() and config.picture:
-        raise UserError(f"picture {picture}: it is a folder")
-    if config.picture and picture.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"picture {picture}: the name must end in .png, .pdf or .svg")
     if config.picture:
+        picture = Path(config.picture)
+        if not picture.absolute().parent.is_dir():
+            raise UserError(f"picture {picture}: there is no such folder")
+        if picture.is_dir():
+            raise UserError(f"picture {picture}: it is a folder")
+        if picture.suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"picture {picture}: the name must end in .png, .pdf or .svg")
         write_picture(config.picture)
     print(ascii_picture())
 
