@@ -9,8 +9,8 @@ A step is forward, loss, backward, clipping, AdamW. Medians and deciles are over
 """
 import json
 import os
-import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import Callable
@@ -91,6 +91,16 @@ def busy_seconds() -> float | None:
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
+def peak_mb() -> int | None:
+    """The most memory that this process has held, in MiB; Windows does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))          # in bytes there, in KiB here
+
+
 def main(config: Config) -> dict:
     """Time it and print one line."""
     if config.what not in ("train", "generate"):
@@ -129,7 +139,7 @@ def main(config: Config) -> dict:
               "tokens_per_s": round(tokens / statistics.median(seconds), 1),
               "ms_median": round(1e3 * statistics.median(seconds), 2), "ms_p10": round(1e3 * deciles[0], 2),
               "ms_p90": round(1e3 * deciles[-1], 2), "params": model_file.parameter_count(model),
-              "rss_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+              "rss_peak_mb": peak_mb(),
               "foreign_cpu": foreign and round(max(0.0, foreign) / hardware.cores(), 3),
               "dtype": run.dtype_name(sampling=config.what == "generate"),
               "threads": torch.get_num_threads(),

@@ -190,7 +190,7 @@ class _Rows:
         stands at its own place, 0 steps into the target instead of 1.
 
         A target of blanks holds <sop> span <eop> for each. It reads no <eop> and predicts no <sop>; a span
-        stands at the place of its mask (GLM, Du et al. 2022, section 2.1).
+        stands at the place of its mask (GLM, Du et al. 2022, section 2.2.1).
         """
         if blanks:
             sop, eop = self.tokenizer.special("<sop>"), self.tokenizer.special("<eop>")

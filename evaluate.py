@@ -186,7 +186,7 @@ def interval(values: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, f
 
 
 def distinct(lines: list[str], n: int = 2) -> float:
-    """Distinct n-grams of words / all n-grams, over all answers together (Li et al. 2016)."""
+    """Distinct n-grams of words / all n-grams, over all answers together (Li et al. 2016: / all words)."""
     grams = Counter(gram for line in lines for gram in zip(*(line.split()[i:] for i in range(n))))
     return len(grams) / max(1, sum(grams.values()))
 

@@ -216,10 +216,10 @@ def samples_of(config, run, tokenizer, prompts: list[list[int]], samplers: list)
 def with_mistakes(examples: list[data.Example], label_noise: float, seed: int) -> list[data.Example]:
     """The same comparisons by a labeller who gets each the wrong way round with probability label_noise.
 
-    Two people who both err in a share e of pairs agree in (1 - e)^2 + e^2 of them. Labellers were found to
-    agree in 73 to 77 % (Stiennon et al. 2020, section 3.3; Ouyang et al. 2022, section 3.4): e is 0.13 to
-    0.16. A tie has no order to be wrong about. The draw is a hash of the seed and of the pair itself, so it
-    is the same in whatever order, step or process the pair is read.
+    Two people who both err in a share e of pairs agree in (1 - e)^2 + e^2 of them. People were found to agree
+    in 73 to 77 % (Ouyang et al. 2022, section 3.4; Stiennon et al. 2020, section 3.3): e is 0.13 to 0.16. A
+    tie has no order to be wrong about. The draw is a hash of the seed and of the pair itself, so it is the
+    same in whatever order, step or process the pair is read.
     """
     def draw(example: data.Example, w: int, l: int) -> float:
         content = repr((seed, example.source, sorted((example.targets[w], example.targets[l]))))

@@ -356,7 +356,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The tokens' vectors, and a share a = embedding_gradient of their gradient: what kept GLM-130B from
-        diverging (Zeng et al. 2023, section 3).
+        most of its spikes (Zeng et al. 2023, section 3).
         """
         x_BTD, a = self.embedding(tokens_BT), self.config.embedding_gradient
         return x_BTD if a == 1 else a * x_BTD + (1 - a) * x_BTD.detach()

@@ -65,8 +65,8 @@ def span_corruption(text: list[int], rng: np.random.Generator, sentinels: list[i
     Source: each noise span replaced by its sentinel. Target: every sentinel followed by its span, and the
     next sentinel at the end. Source and target together give the text back. A text of fewer than two tokens
     cannot be corrupted: it becomes the target of an empty source. Raises ValueError when the text needs more
-    spans than there are sentinels. The paper's other rates (table 6: 10, 25, 50 %) and mean lengths (table 7:
-    2, 5, 10) are the last two arguments.
+    spans than there are sentinels. The paper's other rates (table 6, of single tokens: 10, 25, 50 %) and mean
+    lengths (table 7: 2, 5, 10) are the last two arguments.
     """
     if len(text) < 2:
         return Pair([], text)
@@ -240,8 +240,8 @@ def glm_document(text: list[int], rng: np.random.Generator, gmask: int, sop: int
                  shortest: float = 0.5) -> Pair:
     """[gMASK]: the end of the text, uniformly 50 to 100 % of it (Du et al. 2022, section 2.1.2).
 
-    The paper leaves open where its one span lies; GLM-130B's is the end, and so is ours. Their code has no
-    eop after it. The empty text has an empty blank.
+    The paper leaves open where its one span lies; GLM-130B's is the end, and so is ours. GLM's code puts half
+    of them anywhere, and no eop after those at the end. The empty text has an empty blank.
     """
     least = min(len(text), max(1, math.ceil(shortest * len(text))))
     start = len(text) - int(rng.integers(least, len(text) + 1))
@@ -250,8 +250,8 @@ def glm_document(text: list[int], rng: np.random.Generator, gmask: int, sop: int
 
 def glm_10b(text: list[int], rng: np.random.Generator, mask: int, smask: int, gmask: int, sop: int, eop: int,
             ends: set[int]) -> Pair:
-    """GLM-10B's mixture (its published configuration): 50 % [MASK], 30 % [sMASK], 20 % [gMASK] of at least a
-    quarter.
+    """GLM-10B's mixture (its published configuration's shares): 50 % [MASK], 30 % [sMASK], 20 % [gMASK] of at
+    least a quarter.
     """
     draw = rng.random()
     if draw < 0.5:
@@ -280,10 +280,10 @@ def ul2(text: list[int], rng: np.random.Generator, sentinels: list[int], modes: 
 
     R is T5's span corruption, X the same with half of the text or long spans missing, S prefix language
     modelling: the last tokens of the text, uniformly many around their mean r L, are the target as they are,
-    without a sentinel (the code of appendix 9.2). The token of the mode comes first in the source. U_PALM is
-    UL2R's mixture (Tay et al. 2022b, section 2.3): S 50 %, R 25 %, X 25 %, "mean length of 32 OR a corruption
-    rate of up to 50 %". A text of fewer than two tokens is left whole behind its mode; too few sentinels: see
-    span_corruption.
+    without a sentinel (as in the appendix's code, whose mean is L / 2). The token of the mode comes first in
+    the source. U_PALM is UL2R's mixture (Tay et al. 2022b, section 2.3): S 50 %, R 25 %, X 25 %, "mean length
+    of 32 OR a corruption rate of up to 50 %". A text of fewer than two tokens is left whole behind its mode;
+    too few sentinels: see span_corruption.
     """
     mode, density, mean_span = denoisers[int(rng.integers(len(denoisers)))]
     if mean_span is None:

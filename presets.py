@@ -114,6 +114,7 @@ CHATGLM = dict(structure="prefix", vocab=130528, norm="layer", norm_bias=True, n
 # more, and under a prefix mask each of n turns is an example of its own and no cache survives the next turn.
 CHATGLM2 = dict(structure="causal", vocab=65024, rope_share=0.5, rope_interleaved=True, ffn="swiglu",
                 bias="qkv", init="normal")
+# GLM-130B as in its paper, section 2.1; the released weights have one LayerNorm more, on the embedding.
 GLM_130B = dict(structure="prefix", vocab=150528, norm="layer", norm_bias=True, norm_place="deepnorm",
                 final_norm=False, ffn="geglu", bias="all", tied=True, embedding_gradient=0.1, init="deepnorm")
 

@@ -430,7 +430,9 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
 
 
 def too_far(config: Config, approx_kl: float) -> bool:
-    """Whether this step is not to be taken, nor any after it in the iteration (as in Spinning Up)."""
+    """Whether this step is not to be taken, nor any after it in the iteration (Spinning Up: at 1.5 times its
+    target_kl, and for the policy alone).
+    """
     return 0 < config.kl_stop < approx_kl
 
 

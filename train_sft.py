@@ -3,8 +3,8 @@
     data              pairs: a function's signature -> its one-line summary (or --data pairs)
     initial weights   the pretrained model
     mask              the structure's: causal, prefix or encdec; never across documents
-    objective         next token on the response and its end token (Ouyang et al. 2022, section 3.5), and here
-                      on the prompt too, times source_weight: there a small model learns to carry words over
+    objective         next token on the response and its end token, and on the prompt too, times source_weight
+                      (Ouyang et al. 2022 do not say): there a small model learns to carry words over
                       (`train_loss` counts both, the held-out `loss` the response alone)
     what is trained   everything, to predict each target token from what its mask lets it see
 """

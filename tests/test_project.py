@@ -81,6 +81,18 @@ def test_the_readmes_results_are_the_records():
     assert report["processor"] in text and report["versions"]["torch"] in text
 
 
+@pytest.mark.parametrize("name", ["report", "report_bf16", "report_slow"])
+def test_the_readmes_runs_are_the_records(name):
+    """The seconds and the results of every recorded run of the first command."""
+    text, report = (ROOT / "README.md").read_text(), json.loads((ROOT / "records" / f"{name}.json").read_text())
+    sft, ppo = report["sft"], report["ppo"]
+    cells = [f"{report['base']['bits_per_byte']:.3f}", f"{100 * report['reward_model']['accuracy']:.1f} %",
+             *(f"{sft[figure]:.3f} → {ppo[figure]:.3f}" for figure in ("gold", "gold_greedy", "about_greedy")),
+             f"{ppo['kl']:.1f}"]
+    assert f"(records/{name}.json) | {' | '.join(cells)} |" in text
+    assert f" | {' | '.join(f'{seconds:.0f}' for seconds in report['seconds'].values())} | " in text
+
+
 def test_the_readmes_families_are_the_presets():
     """The table of what differs between the families is the one that presets.py makes."""
     assert presets.table() in (ROOT / "README.md").read_text()
