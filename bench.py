@@ -134,7 +134,7 @@ def main(config: Config) -> dict:
         seconds.append(time.perf_counter() - began)
     foreign = None if before is None else (busy_seconds() - before) / (time.perf_counter() - start)
     tokens = config.batch_size * (config.context if config.what == "train" else config.new)
-    deciles = statistics.quantiles(seconds, n=10)
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     record = {"impl": "ours", "variant": f"{config.what} {config.preset or model.config.structure}",
               "tokens_per_s": round(tokens / statistics.median(seconds), 1),
               "ms_median": round(1e3 * statistics.median(seconds), 2), "ms_p10": round(1e3 * deciles[0], 2),

@@ -23,8 +23,8 @@ from model import LanguageModel, ModelConfig, ScalarModel, build
 from tokenizer import Tokenizer
 
 # settings that may change when a run goes on; all others must be as they were
-FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "ranks", "compile", "log_every",
-        "eval_every", "eval_size", "save_every", "keep"}
+FREE = {"steps", "out", "resume", "overwrite", "device", "dtype", "ranks", "compile",
+        "micro_batch_size", "log_every", "eval_every", "eval_size", "save_every", "keep"}
 
 
 def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -> None:
@@ -44,7 +44,8 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
             torch.save(state, file)
     except RuntimeError as error:                      # torch's own words hide what the disk has said
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    for old in steps_of(run.folder)[:-config.keep]:
+    kept = [old for old in steps_of(run.folder) if old <= step][-config.keep:]     # later ones were damaged
+    for old in set(steps_of(run.folder)).difference(kept):
         (run.folder / f"checkpoint-{old:07d}.pt").unlink()
 
 
@@ -203,6 +204,10 @@ def open_folder(folder: Path, config) -> dict | None:
         raise UserError(f"{folder} holds imported weights; start from them with --init, and another --out")
     if config.resume == "never":
         raise UserError(f"{folder} holds a run already; choose another --out, or --overwrite it")
+    step, wanted = state["step"], state["config"]["steps"]
+    if config.steps <= step < wanted:                   # a reward model, for one, is normalised at its end
+        raise UserError(f"{folder} was stopped at step {step} of {wanted}; to end it early, steps must be at "
+                        f"least {step + 1}")
     now = dataclasses.asdict(config)
     before = dataclasses.asdict(type(config)()) | state["config"]   # what is new in Config had its default
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items()

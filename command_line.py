@@ -77,12 +77,10 @@ def run(main, config_class, description: str, parse=parse) -> None:
         main(config)
     except UserError as error:
         sys.exit(_say(error, 2))
-    except Fault as error:
-        sys.exit(_say(error, 1))
     except BrokenPipeError:                  # whoever read our output has seen enough, or has died
         sys.stdout = open(os.devnull, "w")
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
-    except OSError as error:                 # a full disk, a folder that is a file, no permission
+    except (Fault, OSError) as error:        # the latter: a full disk, a folder that is a file, no permission
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"interrupted{goes_on}", 128 + signal.SIGINT))

@@ -33,9 +33,9 @@ class Run:
     seconds_before: float = 0.0          # of an interrupted run that this one goes on with
     started: float = dataclasses.field(default_factory=time.time)
 
-    def print(self, *words) -> None:
+    def print(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(" ".join(str(word) for word in words))
+            tqdm.write(text)
 
     def dtype_name(self, sampling: bool = False) -> str:
         return "bf16" if self.in_bf16(sampling) else "fp32"
@@ -70,13 +70,12 @@ class Run:
         mine, size = self.mine(items), size or math.ceil(64 / self.world)
         return [mine[i:i + size] for i in range(0, len(mine), size)]
 
-    def gather(self, mine: dict) -> dict:
-        """The ranks' dictionaries, joined."""
-        if self.world == 1:
-            return mine
-        parts: list = [None] * self.world
-        dist.all_gather_object(parts, mine)
-        return {key: value for part in parts for key, value in part.items()}
+    def gather(self, mine) -> list:
+        """What each rank has, rank by rank."""
+        everybodys = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everybodys, mine)
+        return everybodys
 
     def agreed(self, value):
         """Rank 0's value, on every rank: what was measured may differ between them."""
@@ -134,8 +133,9 @@ def passed_on(config, flag: str, *kept: str) -> str:
     where they are not the usual either, and --tiny.
     """
     fields = {flag: "out", **{f"--{name}": name for name in kept}}
+    usual = vars(type(config)()) | (config.TINY if config.tiny else {})
     told = [f" {word} {getattr(config, name)}" for word, name in fields.items()
-            if getattr(config, name) not in (getattr(type(config), name), config.TINY.get(name))]
+            if getattr(config, name) != usual[name]]
     return "".join(told) + " --tiny" * config.tiny
 
 
@@ -304,7 +304,7 @@ def gradients_meet(wrapped, last: bool):
 def check_finite(step: int, **values) -> None:
     """Stop before the optimizer would spoil the weights."""
     for name, value in values.items():
-        if not math.isfinite(float(torch.as_tensor(value).detach())):
+        if not math.isfinite(value):
             raise Fault(f"the {name} of step {step + 1} is not a finite number; the last checkpoint, if "
                         "there is one, is kept. A lower lr, more warmup or fp32 may help")
 

@@ -7,11 +7,11 @@ reward model, DPO where there is runs/dpo, PPO, and the human lines. `gold` is t
 nothing but the order was trained on; `about` its share of the identifier's words; `kl` is log pi(answer) -
 log pi_SFT(answer), averaged over the model's own answers.
 """
-import dataclasses
 import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Iterator
 
@@ -100,11 +100,6 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
                  device, config), models
 
 
-def repeated(study: Study, n: int) -> Study:
-    """With every prompt n times: all of them, and all of them again."""
-    return dataclasses.replace(study, prompts=n * study.prompts, human=n * study.human, texts=n * study.texts)
-
-
 def answers_of(study: Study, model, temperature: float, prompts: list | None = None) -> list[list[int]]:
     return generate(model, prompts or study.prompts, study.tokenizer, study.config.max_new, temperature,
                     generator=torch.Generator(study.device).manual_seed(study.config.seed))
@@ -121,14 +116,15 @@ def first_line(study: Study, answers: list[list[int]]) -> list[list[int]]:
 @torch.no_grad()
 def read(study: Study, model, answers: list[list[int]]) -> Iterator[tuple[data.Batch, torch.Tensor]]:
     """The model's outputs on all (prompt, answer), 64 at a time: the batch, and logits (N, V) of the answer
-    tokens or one scalar an answer.
+    tokens or one scalar an answer. Here and below: one answer to every prompt, or several, to all of them and
+    to all of them again.
     """
-    for i in range(0, len(answers), 64):
-        examples = [data.Example(prompt, [answer])
-                    for prompt, answer in zip(study.prompts[i:i + 64], answers[i:i + 64])]
-        batch = data.lay_out(examples, model.config.structure, 128, study.tokenizer).to(study.device)
+    examples = [data.Example(prompt, [answer]) for prompt, answer in zip(cycle(study.prompts), answers)]
+    structure = model.config.structure
+    for i in range(0, len(examples), 64):
+        batch = data.lay_out(examples[i:i + 64], structure, 128, study.tokenizer).to(study.device)
         where = batch.last if model is study.reward else batch.loss_mask
-        yield batch, model(batch, masks.of_batch(model.config.structure, batch), where)
+        yield batch, model(batch, masks.of_batch(structure, batch), where)
 
 
 def logprobs_of(study: Study, model, answers: list[list[int]], sampled: bool = True, temperature: float = 1.0,
@@ -175,7 +171,7 @@ def kl_of_best(n: int) -> float:
 
 def golds_of(study: Study, answers: list[list[int]]) -> np.ndarray:
     lines = [study.tokenizer.decode(answer) for answer in answers]
-    return np.array(study.labeller.golds(study.texts, lines))
+    return np.array(study.labeller.golds(cycle(study.texts), lines))
 
 
 def interval(values: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float]:
@@ -206,28 +202,25 @@ def win_rate(golds: np.ndarray, rivals: np.ndarray) -> float:
 
 def scores_of(study: Study, answers: list) -> tuple[np.ndarray, dict[str, float]]:
     """The labeller's score of every answer; their mean with its interval over prompts, mean relevance, and
-    mean overlap with the human lines. To a prompt there are one or several answers, ordered as by `repeated`.
+    mean overlap with the human lines.
     """
-    n_prompts = len(study.prompts)
-    many = repeated(study, len(answers) // n_prompts)
-    golds, lines = golds_of(many, answers), [study.tokenizer.decode(answer) for answer in answers]
-    low, high = interval(golds.reshape(-1, n_prompts).mean(0), study.config.seed)
-    human = [study.tokenizer.decode(answer) for answer in many.human]
+    golds, lines = golds_of(study, answers), [study.tokenizer.decode(answer) for answer in answers]
+    low, high = interval(golds.reshape(-1, len(study.prompts)).mean(0), study.config.seed)
+    human = [study.tokenizer.decode(answer) for answer in study.human]
     return golds, {
         "gold": golds.mean(), "gold_low": low, "gold_high": high,
-        "about": np.mean([labeller_file.about(prompt, line) for prompt, line in zip(many.texts, lines)]),
-        "f1": np.mean([overlap_f1(line, person) for line, person in zip(lines, human)])}
+        "about": np.mean(list(map(labeller_file.about, cycle(study.texts), lines))),
+        "f1": np.mean(list(map(overlap_f1, lines, cycle(human))))}
 
 
 def distance_of(study: Study, model, answers: list, temperature: float) -> dict[str, float]:
     """How far a model has gone from SFT, in nats per answer that it drew at that temperature; its entropy
     there.
     """
-    many = repeated(study, len(answers) // len(study.prompts))
     entropies: list[torch.Tensor] = []
-    logprobs = logprobs_of(many, model, answers, temperature=temperature, entropies=entropies)
+    logprobs = logprobs_of(study, model, answers, temperature=temperature, entropies=entropies)
     itself = model is study.reference and temperature == 1
-    of_sft = logprobs if itself else logprobs_of(many, study.reference, answers)
+    of_sft = logprobs if itself else logprobs_of(study, study.reference, answers)
     return {"entropy": float(torch.cat(entropies).mean()), "kl": float((logprobs - of_sft).mean())}
 
 
@@ -240,9 +233,9 @@ def loss_of(study: Study, model) -> dict[str, float]:
 
 def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict[str, np.ndarray],
            temperature: float = 1.0) -> dict:
-    """One row of the report. answers: one or several to every prompt, as `repeated` orders them. model: the
-    one that drew them at that temperature, None where none did: best-of-n, human lines, and the base model,
-    whose first lines alone they are. Where there are no greedy answers, their figures are those of `answers`.
+    """One row of the report. model: the one that drew the answers at that temperature, None where none did:
+    best-of-n, human lines, and the base model, whose first lines alone they are. Where there are no greedy
+    answers, their figures are those of `answers`.
     """
     golds, sampled = scores_of(study, answers)
     of_greedy = scores_of(study, greedy)[1] if greedy else sampled
@@ -251,7 +244,7 @@ def row_of(study: Study, answers: list, greedy: list | None, model, rivals: dict
             "gold_greedy_high": of_greedy["gold_high"]}
     row |= {"about_greedy": of_greedy["about"], "f1_greedy": of_greedy["f1"]}
     if study.reward:
-        row["reward"] = rewards_of(repeated(study, len(answers) // len(study.prompts)), answers).mean()
+        row["reward"] = rewards_of(study, answers).mean()
     for name in ("human", "sft"):
         row[f"win_{name}"] = win_rate(golds, np.resize(rivals[name], len(golds)))
     row["distinct_2"] = distinct([study.tokenizer.decode(answer) for answer in answers[:len(study.prompts)]])
@@ -291,8 +284,7 @@ def build_report(config: Config) -> tuple[dict, str]:
     written, greedy = collect_answers(study, authors)
     whole = written["base"]
     written["base"], greedy["base"] = first_line(study, whole), first_line(study, greedy["base"])
-    rivals = {"human": golds_of(study, study.human),
-              "sft": golds_of(repeated(study, config.samples), written["sft"])}
+    rivals = {name: golds_of(study, written[name]) for name in ("human", "sft")}
     authors["sft_cool"] = sft
     report = {}
     rows = [row for row in ROWS if row in written]

@@ -267,7 +267,7 @@ def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]
         generator = torch.Generator(run.device).manual_seed(1_000_003 * seed + i)
         with run.autocast(sampling=True):
             mine[i] = generate(model, parts[i], tokenizer, max_new, temperature, generator=generator)
-    answers = run.gather(mine)
+    answers = {i: part for of_rank in run.gather(mine) for i, part in of_rank.items()}
     return [answer for i in range(len(parts)) for answer in answers[i]]
 
 

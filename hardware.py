@@ -110,8 +110,9 @@ def choose_ranks(config) -> int:
     if config.ranks and shared % config.ranks:
         raise UserError(f"ranks is {config.ranks}; to share every step equally it must divide {shared}"
                         + ", as many as whole prompts of a minibatch allow" * hasattr(config, "samples"))
-    if config.ranks or "ranks" in recorded(config):
-        return config.ranks or recorded(config)["ranks"]
+    ranks = config.ranks or recorded(config).get("ranks", 0)
+    if ranks and shared % ranks == 0:            # else the folder's run has other settings
+        return ranks
     n = max(n for n in range(1, cores() + 1) if shared % n == 0)
     if n == 1 or config.tiny or "OMP_NUM_THREADS" in os.environ:
         return 1

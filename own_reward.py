@@ -64,7 +64,7 @@ class RewardFunction(torch.nn.Module):
         except UserError as error:
             mistake = str(error)
         # each rank scores answers of its own: all stop where one has met a mistake
-        if said := next(filter(None, self.run.gather({self.run.rank: mistake}).values()), ""):
+        if said := next(filter(None, self.run.gather(mistake)), ""):
             raise (Fault if self.tried else UserError)(said)        # the first time nothing is written yet
         self.tried = True
         return torch.tensor(scores)

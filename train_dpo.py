@@ -169,7 +169,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         nats -= float(logprobs_PK[human, 0].sum())
         counted += sum(len(examples[p].targets[0]) for p in human)
     nats, counted = run.sum([nats, counted]).tolist()
-    scored = sum(run.gather({run.rank: scored}).values(), [])
+    scored = sum(run.gather(scored), [])
     return {**agreement(scored, {row.origin for row in loaded.train}), **rewards_of_pairs(scored),
             **evaluate_samples(config, run, loaded, model),
             **({"eval_loss": nats / counted} if counted else {})}

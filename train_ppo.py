@@ -92,9 +92,8 @@ class Config:
 
 def set_up(config: Config) -> common.Run:
     run = common.set_up(config)
-    if config.batch_size % config.minibatch_size or config.minibatch_size % run.world:
-        raise UserError(f"minibatch_size {config.minibatch_size} must divide batch_size {config.batch_size} "
-                        f"and be a multiple of the {run.world} ranks")
+    if config.batch_size % config.minibatch_size:
+        raise UserError(f"minibatch_size {config.minibatch_size} must divide batch_size {config.batch_size}")
     if config.kl_target and not config.beta:
         raise UserError("kl_target moves beta by a factor, and beta is 0; give it a beta to begin with")
     if config.ptx_size % run.world:
@@ -419,7 +418,7 @@ def learn(config: Config, run: common.Run, loaded: Data, model, optimizer, minib
         rollouts = minibatches[i % len(minibatches)]
         done.append(update(config, run, loaded, model, optimizer, rollouts, step * n + i, step))
         if i == 0:
-            off = max(run.gather({run.rank: done[0]["off"]}).values())
+            off = max(run.gather(done[0]["off"]))
             if off > 1e-3 * (1 if run.dtype == torch.float32 else 100):
                 raise Fault(f"on the first minibatch the ratio differs from 1 by {off:.2g}: what learns is "
                             "not the policy that was scored")
@@ -500,18 +499,16 @@ def mix_in(config: Config, run: common.Run, loaded: Data, policy, number: int) -
 
 def describe(run: common.Run, loaded: Data, prompts, answers, rollouts: list[Rollout]) -> dict[str, float]:
     """The iteration's answers in figures: means over answers, over tokens for entropy."""
-    def total(name: str, mask: str) -> torch.Tensor:
-        return sum((getattr(r, name) * getattr(r, mask)).sum() for r in rollouts)
-    kl = sum(((r.logprobs - r.ref_logprobs) * r.actions).sum() for r in rollouts)
+    score, entropy = (sum(getattr(r, name).sum() for r in rollouts) for name in ("scores", "entropy"))
+    kl = sum((r.logprobs - r.ref_logprobs).sum() for r in rollouts)      # where no action is, all are 0
     ended = sum(answer[-1] == loaded.tokenizer.end for answer in answers)
     n_tokens = sum(map(len, answers))
     repeated = sum(len(answer) - len(set(answer)) for answer in answers)
-    sums = run.sum(torch.tensor([len(answers), n_tokens, total("scores", "last_action"), kl,
-                                 total("entropy", "actions"), ended, sum(golds_of(loaded, prompts, answers)),
-                                 repeated], dtype=torch.float64)).tolist()
+    sums = run.sum([len(answers), n_tokens, score, kl, entropy, ended,
+                    sum(golds_of(loaded, prompts, answers)), repeated]).tolist()
     mine = torch.stack([torch.cat([getattr(r, name)[r.actions] for r in rollouts])
                         for name in ("values", "returns")]).cpu()
-    values, returns = torch.cat(list(run.gather({run.rank: mine}).values()), dim=1)
+    values, returns = torch.cat(run.gather(mine), dim=1)
     n, n_tokens, score, kl, entropy, ended, gold, repeated = sums
     return {"reward": score / n, "gold": gold / n, "kl": kl / n, "entropy": entropy / n_tokens,
             "length": n_tokens / n, "ended": ended / n, "repetition": repeated / n_tokens,
@@ -570,7 +567,7 @@ def following(config: Config) -> str:
     folder = Path(config.out)
     if folder.name != "ppo" or config.data:
         return common.first_question(config.out, config.data)
-    usual = config.out in (Config.out, Config.TINY["out"])
+    usual = config.out == (Config.TINY["out"] if config.tiny else Config.out)
     return "python evaluate.py" + f" --runs {folder.parent}" * (not usual) + " --tiny" * config.tiny
 
 
@@ -602,7 +599,7 @@ def main(config: Config) -> dict[str, float]:
             checkpoint.save(run, step + 1, config, model.config, **networks, optimizer=optimizer)
         due = common.due(step + 1, config.eval_every, config.steps)
         log.line(step + 1, **(evaluate(config, run, loaded, model) if due else {}))
-        if signs := warnings_of(log.last, log.first):
+        if "length" in log.first and (signs := warnings_of(log.last, log.first)):
             run.print("look at samples: " + "; ".join(signs))
 
     log.curves()

@@ -73,7 +73,8 @@ class Config:
 
 def set_up(config: Config) -> common.Run:
     sizes = ("preset", "vocab", "layers", "heads", "kv_heads", "width")
-    if config.init and not config.tiny and any(getattr(config, x) != getattr(Config, x) for x in sizes):
+    tiny = Config.TINY if config.tiny else {}
+    if config.init and any(getattr(config, x) not in (getattr(Config, x), tiny.get(x)) for x in sizes):
         raise UserError(f"a run that starts from {config.init} has its sizes: leave out {', '.join(sizes)}")
     if not config.init:                             # a slip of the pen is found before the text is read
         model_config(config, config.vocab)

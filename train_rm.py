@@ -146,7 +146,7 @@ def evaluate(config: Config, run: common.Run, loaded: Data, model) -> dict[str, 
         with run.autocast():
             scores_PK = data.by_prompt(model(batch, masks.of_batch(structure, batch), batch.last), batch)
         scored += zip(examples, scores_PK.tolist())
-    return agreement(sum(run.gather({run.rank: scored}).values(), []), {row.origin for row in loaded.train})
+    return agreement(sum(run.gather(scored), []), {row.origin for row in loaded.train})
 
 
 @torch.no_grad()

@@ -117,18 +117,21 @@ def main(config: Config) -> list[dict]:
         print("\n".join(f"{m.__name__:<27}{m.__doc__.splitlines()[0]}" for m in MEASUREMENTS))
         return []
     seeds = range(1, config.seeds + 1)
-    records = [row for row in read_record(config.record)
-               if row["claim"] not in wanted or row["seed"] not in seeds]
+    records = [row for row in read_record(config.record) if row["claim"] in names
+               and (row["claim"] not in wanted or row["seed"] not in seeds)]
     corpus.load_records(config.data, config.tiny)       # scanned once, and not by every worker at once
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, context) as pool:
         jobs = [pool.submit(measured, config, name, seed) for name in wanted for seed in seeds]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
-            records += job.result()
-            records.sort(key=lambda row: (names.index(row["claim"]), row["seed"]))
-            text = "".join(f"{json.dumps(row)}\n" for row in records)
-            common.write_atomically(Path(config.record), text.encode())
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
+                records += job.result()
+                records.sort(key=lambda row: (names.index(row["claim"]), row["seed"]))
+                text = "".join(f"{json.dumps(row)}\n" for row in records)
+                common.write_atomically(Path(config.record), text.encode())
+        finally:                                        # after a mistake or an interruption begin no other
+            pool.shutdown(cancel_futures=True)
     for name in wanted:
         print(f"\n## {name}\n\n{table_of(records, name)}")
     if "over_optimisation" in wanted:

@@ -164,8 +164,7 @@ def over_optimisation(flow: Flow) -> list[dict]:
 
 def judged(study: evaluate.Study, policy, n: int = 4) -> dict[str, float]:
     """The reward model's score, the labeller's, and the KL to SFT, over n answers to each prompt."""
-    study = evaluate.repeated(study, n)
-    answers = evaluate.answers_of(study, policy, 1.0)
+    answers = evaluate.answers_of(study, policy, 1.0, n * study.prompts)
     return {"kl": evaluate.distance_of(study, policy, answers, 1.0)["kl"],
             "reward": float(evaluate.rewards_of(study, answers).mean()),
             "gold": float(evaluate.golds_of(study, answers).mean())}
@@ -317,7 +316,7 @@ def stability(flow: Flow) -> list[dict]:
             row = {"row": f"lr {lr:g}, beta {beta:g}", "lr": lr, "beta": beta}
             settings = dict(lr=lr, value_lr=lr, beta=beta, ptx=0.0, **flow.steps(train_ppo, 0.3))
             try:
-                lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings))
+                lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings), "reward")
             except Fault as fault:
                 rows.append(row | {"first_warning": str(fault)})
                 continue
@@ -339,7 +338,7 @@ def hackable(flow: Flow) -> list[dict]:
     """PPO finds what a planted reward really pays for, and the log's warning line names it."""
     reward = str(Path(__file__).resolve().parent / "planted.py") + ":more_commas"
     folder = flow.ppo("ppo_commas", reward=os.path.relpath(reward), ptx=0.0, beta=0.02)
-    lines = metrics_of(folder)
+    lines = metrics_of(folder, "reward")
     shown = ("step", "reward", "gold", "kl", "entropy", "length", "ended", "repetition")
     return [{"row": name, **{key: line[key] for key in shown}, **first_warning(lines)}
             for name, line in (("before", lines[0]), ("after", lines[-1]))]

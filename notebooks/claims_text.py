@@ -33,12 +33,10 @@ STRUCTURES = {"causal, next token": dict(structure="causal"),
               "encoder-decoder, as many layers in each stack":
                   dict(structure="encdec", objective="prefix_lm"),
               "encoder-decoder, 1.03 times the parameters": dict(structure="encdec", objective="prefix_lm",
-                                                               layers=1, width=144),
-              "causal, prefix LM, lr 0.001": dict(structure="causal", objective="prefix_lm", lr=1e-3),
-              "encoder-decoder, as many layers in each stack, lr 0.001":
-                  dict(structure="encdec", objective="prefix_lm", lr=1e-3),
-              "encoder-decoder, 1.03 times the parameters, lr 0.001":
-                  dict(structure="encdec", objective="prefix_lm", layers=1, width=144, lr=1e-3)}
+                                                               layers=1, width=144)}
+STRUCTURES |= {f"{name}, lr 0.001": STRUCTURES[name] | dict(lr=1e-3) for name in (
+    "causal, prefix LM", "encoder-decoder, as many layers in each stack",
+    "encoder-decoder, 1.03 times the parameters")}
 EQUAL_ARITHMETIC = {name: STRUCTURES[name] for name in ("causal, prefix LM", "causal, prefix LM, lr 0.001")}
 EQUAL_ARITHMETIC |= {f"encoder-decoder, two layers of 136 in each stack{rate}":
                      dict(structure="encdec", objective="prefix_lm", layers=2, width=136, **settings)
@@ -61,7 +59,7 @@ def compared(flow: Flow, variants: dict[str, dict]) -> list[dict]:
     rows = []
     for name, settings in variants.items():
         pretrain, sft = pretrained_and_tuned(flow, **settings)
-        model, line = checkpoint.load_model(pretrain), metrics_of(pretrain)[-1]
+        model, line = checkpoint.load_model(pretrain), metrics_of(pretrain, "counted")[-1]
         rows.append({"row": name, "parameters": model_file.parameter_count(model),
                      "counted_per_step": line["counted"],
                      **price_of_token(pretrain),
@@ -321,7 +319,6 @@ def pretraining_for_sft(flow: Flow) -> list[dict]:
     return [before_sft(flow, sft), *rows]
 
 
-@torch.no_grad()
 def before_sft(flow: Flow, sft: str) -> dict:
     """The base model's row, on the held-out pairs of this SFT run."""
     (_, run, loaded), base = data_of(train_sft, sft), checkpoint.load_model(flow.pretrain())

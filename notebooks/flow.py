@@ -127,5 +127,6 @@ def read_record(path: str | Path) -> list[dict]:
     return common.read_log(Path(path))
 
 
-def metrics_of(folder: str) -> list[dict]:
-    return read_record(Path(folder) / "metrics.jsonl")
+def metrics_of(folder: str, having: str = "step") -> list[dict]:
+    """The lines of a run's log that have this figure: one that was resumed may have an evaluation alone."""
+    return [row for row in read_record(Path(folder) / "metrics.jsonl") if having in row]

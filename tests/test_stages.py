@@ -221,7 +221,10 @@ def test_the_next_command_names_an_unusual_folder(flow, capsys):
                     "next: python train_sft.py --tiny"]
     rm = train_rm.Config(init="runs/my_sft", out="runs/my_rm")
     assert common.passed_on(rm, "--reward", "init") == " --reward runs/my_rm --init runs/my_sft"
+    of_tiny_ones = train_rm.Config(init="runs/tiny/sft", out="runs/tiny/rm")                    # without --tiny
+    assert common.passed_on(of_tiny_ones, "--reward", "init") == " --reward runs/tiny/rm --init runs/tiny/sft"
     for out, own, following in (("runs/ppo", "", "python evaluate.py"), ("mine/ppo", "", "python evaluate.py --runs mine"),
+                                ("runs/tiny/ppo", "", "python evaluate.py --runs runs/tiny"),
                                 ("runs/second", "", "python generate.py --run runs/second"),
                                 ("runs/ppo", "mine.jsonl", 'python generate.py --run runs/ppo --prompt "..."')):
         assert train_ppo.following(train_ppo.Config(out=out, data=own)).startswith(following)
@@ -463,6 +466,36 @@ def test_a_run_stopped_between_a_save_and_its_line_writes_it(flow, no_curves, tm
             assert [row[name] for name in evaluated] == pytest.approx([usual[name] for name in evaluated])
 
 
+@pytest.mark.parametrize("tiny", [False, True])
+def test_a_run_that_starts_from_another_has_its_sizes(tiny):
+    with pytest.raises(UserError, match="has its sizes"):
+        train_pretrain.set_up(train_pretrain.Config(init="runs/other", width=96, tiny=tiny))
+
+
+@one_structure
+def test_a_log_may_begin_with_an_evaluation_alone(flow, no_curves, tmp_path):
+    """Stopped in its first evaluation, PPO has no first iteration to compare with: it goes on and does not warn."""
+    main, config = flow[1][3]
+    copy = shutil.copytree(config.out, tmp_path / "ppo")
+    (copy / "checkpoint-0000004.pt").unlink()
+    (copy / "metrics.jsonl").write_text("")
+    assert main(dataclasses.replace(config, out=str(copy)))["step"] == 4
+    first = common.read_log(copy / "metrics.jsonl")[0]
+    assert first["step"] == 2 and "eval_gold" in first and "reward" not in first
+
+
+@one_structure
+def test_a_save_keeps_itself_and_not_what_was_damaged(flow, tmp_path):
+    """A later checkpoint that could not be read is none of those to keep."""
+    config = flow[1][1][1]
+    copy = shutil.copytree(config.out, tmp_path / "sft")
+    model = checkpoint.load_model(str(copy))
+    (copy / "checkpoint-0000004.pt").write_bytes(b"damaged")
+    run = common.Run(copy, torch.device("cpu"), torch.float32)
+    checkpoint.save(run, 3, dataclasses.replace(config, keep=1), model.config, model=model)
+    assert checkpoint.steps_of(copy) == [3]
+
+
 @one_structure
 def test_a_run_does_not_go_on_from_another_start(flow, no_curves, tmp_path):
     """Reference, samples and comparisons are made anew from --init: it must be the one the run began with."""
@@ -526,6 +559,8 @@ def test_a_stage_that_was_stopped_is_told(flow, tmp_path, capsys):
     with pytest.raises(UserError, match="rm was stopped at step 2 of 4; finish it first: python train_rm.py"):
         train_ppo.main(dataclasses.replace(stages[3][1], reward=str(copies["rm"]), out=str(tmp_path / "ppo")))
     assert capsys.readouterr().err == ""                                   # one sentence, and no note before it
+    with pytest.raises(UserError, match="rm was stopped at step 2 of 4; to end it early, steps must be at least 3"):
+        train_rm.main(dataclasses.replace(stages[2][1], out=str(copies["rm"]), steps=2))
 
 
 @one_structure
@@ -719,8 +754,9 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
     if module is train_ppo:                   # of 64 answers, 32 to a prompt, two ranks can have equal shares
         assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), batch_size=64, samples=32)) == 2
         assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), minibatch_size=4)) == 1    # a prompt's
-    (tmp_path / "config.json").write_text('{"ranks": 7}')
-    assert hardware.choose_ranks(config) == 7
+    for before, ranks in ((1, 1), (7, expected)):         # 7 do not share the step: that run had other settings
+        (tmp_path / "config.json").write_text(f'{{"ranks": {before}}}')
+        assert hardware.choose_ranks(config) == ranks
     with pytest.raises(UserError, match="ranks is -1"):
         hardware.choose_ranks(module.Config(device="cpu", ranks=-1))
     assert hardware.choose_ranks(module.Config(device="cpu", ranks=2)) == 2
@@ -990,6 +1026,8 @@ def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
     error = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.init,
                   "--out", config.out, "--lr", "0.5")
     assert f"{config.out} holds a run with other settings (" in error and "lr " in error
+    smaller = dataclasses.replace(config, micro_batch_size=1)                    # what a full GPU is told to try
+    assert checkpoint.open_folder(Path(config.out), smaller)["step"] == 4
     assert sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
