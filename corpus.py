@@ -85,25 +85,13 @@ def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+            tree = ast.parse(Path(path).read_bytes())          # which may say how it is encoded
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
         return found
 
-    def visit(node, owner: str):
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.ClassDef):
-                bases = ", ".join(ast.unparse(base) for base in child.bases)
-                add(child, child.name, f"class {child.name}({bases}):")
-                visit(child, f"{child.name}.")
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                add(child, child.name, f"def {owner}{child.name}({argument_names(child.args)}):")
-                visit(child, owner)
-            elif isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):   # an expression has none
-                visit(child, owner)
-
     def add(node, name: str, signature: str):
         docstring = ast.get_docstring(node)
-        if not docstring or len(signature) > 200 or not is_unicode(docstring):
+        if not docstring or len(signature) > 200 or not is_unicode(signature + docstring):
             return
         prompt = function_prompt(signature) if not isinstance(node, ast.Module) else f"{signature}\n"
         is_function = signature.startswith("def") and not (name.startswith("__") and name.endswith("__"))
@@ -112,7 +100,17 @@ def scan_file(path_and_module: tuple[str, str]) -> list[dict]:
                       "prompt": prompt if summary else None, "response": summary})
 
     add(tree, module.split(".")[-1], f"module {module}")
-    visit(tree, "")
+    waiting = [(tree, "")]
+    while waiting:                              # no recursion: a file may have a thousand elif
+        node, owner = waiting.pop()
+        if isinstance(node, ast.ClassDef):
+            bases = ", ".join(ast.unparse(base) for base in node.bases)
+            add(node, node.name, f"class {node.name}({bases}):")
+            owner = f"{node.name}."
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            add(node, node.name, f"def {owner}{node.name}({argument_names(node.args)}):")
+        waiting += [(child, owner) for child in reversed([*ast.iter_child_nodes(node)])
+                    if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))]  # no expression
     return found
 
 
@@ -139,24 +137,17 @@ def python_files(place: Path, module: str) -> list[tuple[str, str]]:
 
 def corpus_files(tiny: bool) -> list[tuple[str, str]]:
     """The sources of the default corpus that this installation has."""
-    standard = Path(sysconfig.get_paths()["stdlib"])
-    if tiny:
-        places = [(standard / name, name) for name in TINY_MODULES]
-        return [file for place, name in places
-                for file in python_files(place if place.is_dir() else place.with_suffix(".py"), name)]
-    files = python_files(standard, "")
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)        # finds, does not import
-        if spec and spec.submodule_search_locations:
-            files += python_files(Path(list(spec.submodule_search_locations)[0]), name)
-        elif spec and spec.origin:
-            files += python_files(Path(spec.origin), name)
+    files = [] if tiny else python_files(Path(sysconfig.get_paths()["stdlib"]), "")
+    for name in TINY_MODULES if tiny else PACKAGES:
+        if spec := importlib.util.find_spec(name):   # finds, does not import
+            place = next(iter(spec.submodule_search_locations or [spec.origin]))
+            files += python_files(Path(place), name)
     return files
 
 
 def scan(files: list[tuple[str, str]]) -> list[Record]:
     """All docstrings of these files, cached by the files' names, sizes and times."""
-    stats = [(module, os.stat(path)) for path, module in files]
+    stats = [(module, os.stat(path)) for path, module in files if os.path.exists(path)]     # no dead link
     inventory = json.dumps([[module, stat.st_size, stat.st_mtime_ns] for module, stat in stats])
     key = hashlib.sha256(inventory.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
     cached = common.CACHE / f"docstrings-{key}.jsonl"
@@ -207,7 +198,7 @@ def load_records(path: str, tiny: bool = False) -> list[Record]:
     """
     if not path:
         return scan(corpus_files(tiny))
-    names = [path] if Path(path).exists() else [name.strip() for name in path.split(",") if name.strip()]
+    names = [path] if os.path.exists(path) else [name.strip() for name in path.split(",") if name.strip()]
     places = [place for name in names for place in sorted(Path(name).glob("*.jsonl")) or [name]]
     stems, records = [Path(place).stem for place in places], []
     for place, stem in zip(places, stems):
@@ -221,7 +212,7 @@ def load_records(path: str, tiny: bool = False) -> list[Record]:
 def load_place(path: str) -> list[Record]:
     """The records of one file, or of the Python sources in a folder."""
     place = Path(path)
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(f"{path}: there is no such file")
     if place.is_dir() or place.suffix == ".py":
         if records := scan(python_files(place, place.stem)):
@@ -229,16 +220,21 @@ def load_place(path: str) -> list[Record]:
         raise UserError(f"{path}: it holds no docstrings" + " and no .jsonl" * place.is_dir())
     if place.suffix not in (".jsonl", *TEXTS):
         raise UserError(f"{path}: it must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
-    try:
-        content = place.read_text(encoding="utf-8-sig")                # some editors put a mark in front
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_file(path)
     records = read_jsonl(path, content) if place.suffix == ".jsonl" else read_text(path, content)
     if not records:
         raise UserError(f"{path}: it is empty")
     return records
+
+
+def read_file(path: str) -> str:
+    """The text of a file, without the mark that some editors put in front."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_text(path: str, content: str) -> list[Record]:

@@ -281,7 +281,7 @@ def density_and_span(name: str, rest: list[str]) -> tuple[float, float]:
         density, mean_span = map(float, rest or (0.15, 3.0))
     except ValueError:
         density = mean_span = 0.0
-    if (rest and name != "span_corruption") or not 0 < density < 1 or mean_span < 1:
+    if (rest and name != "span_corruption") or not 0 < density < 1 <= mean_span:
         raise UserError(f"objective is {':'.join([name, *rest])!r}; two numbers may follow span_corruption "
                         "alone, the share of noise and its spans' mean length, as in span_corruption:0.5:10")
     return density, mean_span

@@ -18,7 +18,7 @@ import data
 import hardware
 import masks
 from checkpoint import load_language_model, load_tokenizer, stage_of
-from corpus import function_name, function_prompt, load_records
+from corpus import function_name, function_prompt, load_records, read_file
 from errors import UserError, at_least, check_seed, read_json
 from model import KVCache, LanguageModel
 from tokenizer import Tokenizer
@@ -253,7 +253,8 @@ def likeliest(model: LanguageModel, example: data.Example, tokenizer: Tokenizer)
     """The likeliest token at every place of the target, as in training."""
     structure, device = model.config.structure, model.embedding.weight.device
     batch = data.lay_out([example], structure, 1, tokenizer).to(device)
-    return model(batch, masks.of_batch(structure, batch), batch.loss_mask).argmax(-1).tolist()
+    logits_NV = model(batch, masks.of_batch(structure, batch), batch.loss_mask)
+    return logits_NV[:, :tokenizer.vocab].argmax(-1).tolist()      # a published vocabulary may be padded
 
 
 def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,
@@ -330,11 +331,7 @@ def main(config: Config) -> list[str]:
     if config.prompts.endswith(".jsonl"):
         return answer([record.prompt or record.text for record in load_records(config.prompts)])
     if config.prompts:
-        try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {config.prompts} cannot be read: {error}") from None
-        lines = [line for line in lines if line.strip()]
+        lines = [line for line in read_file(config.prompts).split("\n") if line.strip()]
         if not lines:
             raise UserError(f"--prompts {config.prompts}: it holds no prompt")
         return answer(lines)

@@ -90,12 +90,14 @@ def read_chatglm(c: dict) -> ModelConfig:
 
 
 def read_chatglm2(c: dict) -> ModelConfig:
-    only(c, rmsnorm=True, add_bias_linear=False, post_layer_norm=True,
-         apply_residual_connection_post_layernorm=False, rope_ratio=1, tie_word_embeddings=False)
-    heads = c["num_attention_heads"]
-    return sized(CHATGLM2, c["num_layers"], c["hidden_size"], heads, vocab=c["padded_vocab_size"],
-                 kv_heads=c["multi_query_group_num"] if c.get("multi_query_attention") else heads,
-                 head_width=c["kv_channels"], ffn_width=c["ffn_hidden_size"],
+    """Without multi_query_attention, which is the default, q, k and v would lie side by side in each head."""
+    only({"multi_query_attention": False, **c}, rmsnorm=True, add_bias_linear=False, post_layer_norm=True,
+         apply_residual_connection_post_layernorm=False, rope_ratio=1, tie_word_embeddings=False,
+         multi_query_attention=True)
+    return sized(CHATGLM2, c["num_layers"], c["hidden_size"], c["num_attention_heads"],
+                 vocab=c["padded_vocab_size"],
+                 kv_heads=c["multi_query_group_num"], head_width=c["kv_channels"],
+                 ffn_width=c["ffn_hidden_size"],
                  norm_eps=c.get("layernorm_epsilon", 1e-5), bias="qkv" if c.get("add_qkv_bias") else "none")
 
 

@@ -184,11 +184,10 @@ def write_picture(path: str) -> None:
     for axis, (name, mask) in zip(axes, textbook().items()):
         in_source = torch.arange(mask.shape[1])[None] < 4
         axis.imshow(mask.float() * (1 + (~in_source).float()), cmap="Blues", vmin=0, vmax=2.6)
-        axis.set(title=name, xlabel="key", xticks=range(8), yticks=range(8))
-        axis.set_xticklabels([f"s{i}" for i in range(1, 5)] + [f"t{i}" for i in range(1, 5)])
-        axis.set_yticklabels([f"s{i}" for i in range(1, 5)] + [f"t{i}" for i in range(1, 5)])
-        axis.set_xticks([x - 0.5 for x in range(1, 8)], minor=True)
-        axis.set_yticks([x - 0.5 for x in range(1, 8)], minor=True)
+        axis.set(title=name, xlabel="key")
+        for set_ticks in (axis.set_xticks, axis.set_yticks):
+            set_ticks(range(8), [f"{part}{i}" for part in "st" for i in range(1, 5)])
+            set_ticks([x - 0.5 for x in range(1, 8)], minor=True)
         axis.grid(which="minor", color="white")
         axis.tick_params(which="both", length=0)
     axes[0].set_ylabel("query")

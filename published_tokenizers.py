@@ -5,6 +5,7 @@ itself. SentencePiece's kind (LLaMA, T5), and byte-level BPE behind other rules 
 the package `tokenizers`, from tokenizer.json. An exported run gets a tokenizer.json as well.
 """
 import contextlib
+import itertools
 import json
 from pathlib import Path
 
@@ -20,15 +21,8 @@ BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byt
 
 def spelt(tokens: list[int], names: dict[int, str], decode) -> str:
     """Text of the runs between special tokens, and these by name."""
-    text, run = [], []
-    for token in [*tokens, None]:
-        if token is None or token in names:
-            text.append(decode(run) if run else "")
-            text.append(names.get(token, ""))
-            run = []
-        else:
-            run.append(token)
-    return "".join(text)
+    runs = ((name, list(run)) for name, run in itertools.groupby(tokens, names.get))
+    return "".join(decode(run) if name is None else name * len(run) for name, run in runs)
 
 
 class Renumbered:
@@ -63,7 +57,8 @@ class Pieces:
         self.names = {i: name for name, i in specials.items()}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        whole = text.encode(errors="replace").decode()         # the package refuses bytes that are no text
+        return self.tokenizer.encode(whole, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
         return spelt(tokens, self.names, lambda run: self.tokenizer.decode(run, skip_special_tokens=False))

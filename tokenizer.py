@@ -170,9 +170,8 @@ class Tokenizer:
     def special(self, word: str) -> int | None:
         """A special token's id; published tokenizers write [MASK] and sop for <mask> and <sop>."""
         bare = word.strip("<>")
-        found = [self.specials[w] for w in (word, f"[{bare.replace('mask', 'MASK')}]", bare)
-                 if w in self.specials]
-        return found[0] if found else None
+        spellings = (word, f"[{bare.replace('mask', 'MASK')}]", bare)
+        return next((self.specials[w] for w in spellings if w in self.specials), None)
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)

@@ -141,6 +141,10 @@ def model_config(config: Config, vocab: int) -> model_file.ModelConfig:
 def build_model(config: Config, run: common.Run, tokenizer: Tokenizer) -> torch.nn.Module:
     if config.init:
         model = checkpoint.load_language_model(config.init, config.context, config.structure)
+        most, denoised = model.config.max_positions, config.objective not in ("next_token", "prefix_lm")
+        if denoised and model.config.structure != "encdec" and 0 < most < 2 * config.context:
+            raise UserError(f"{config.init} has learned {most} positions; under {config.objective} a row has "
+                            f"source and target, of up to {config.context} tokens each: lower the context")
     else:
         model = model_file.build(model_config(config, tokenizer.vocab))
     run.print(f"{model.config.structure}: {model_file.parameter_count(model):,} parameters")

@@ -72,7 +72,7 @@ class Tensors(Mapping):
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of one file, and its metadata. Nothing but the header is read, and all of it is checked."""
-    path, header = Path(path), {}
+    path = Path(path)
 
     def once(pairs: list) -> dict:
         names = [name for name, _ in pairs]
@@ -223,13 +223,14 @@ def to_ours(published: Mapping[str, Tensor], layout: Layout, config: ModelConfig
         twice = next(name for name in published if layout.prefix + name in published)
         raise UserError(f"{folder}: it holds both {twice} and {layout.prefix}{twice}; one of them must go")
     parts = plan(layout, config)
+    wanted = {part.name: tuple(part.shape) for of in parts.values() for part in of}
     left_out = {name: same for name in found for pattern, same in layout.left_out.items()
-                if re.fullmatch(pattern, name) and name not in {p.name for of in parts.values() for p in of}}
+                if re.fullmatch(pattern, name) and name not in wanted}
     for key, (first, *_) in parts.items():               # of several copies a file may hold any
         copies = [name for name, same in left_out.items() if same == key]
         if first.name not in found and copies:
             found[first.name] = found[copies[0]]
-    check(published, found, parts, left_out, folder)
+    check(published, found, wanted, left_out, folder)
     state = {}
     for key, of in parts.items():
         pieces = [layout.turn(part.name, published[found[part.name]], config) for part in of]
@@ -241,9 +242,8 @@ def to_ours(published: Mapping[str, Tensor], layout: Layout, config: ModelConfig
     return state
 
 
-def check(published, found: dict[str, str], parts: dict[str, list[Part]], left_out: dict, folder) -> None:
+def check(published, found: dict[str, str], wanted: dict[str, tuple], left_out: dict, folder) -> None:
     """Every tensor that is wanted is there, in its shape and in floating point, and no other."""
-    wanted = {part.name: tuple(part.shape) for of in parts.values() for part in of}
     wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
     for name, original in found.items():
         if name in wanted:
@@ -326,13 +326,14 @@ def export_folder(config: Config) -> None:
     lost = [f"{name} {value!r}" for name, value in vars(model_config).items() if getattr(back, name) != value]
     if lost:
         raise UserError(f"{run} is no {config.layout}: that layout has no place for {', '.join(lost)}")
-    c |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+    bos = tokenizer.begin[0] if tokenizer.begin else None                                   # T5 has none
+    c |= {"bos_token_id": bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
     if model_config.structure == "encdec":
         c["decoder_start_token_id"] = tokenizer.frame("encdec")[2][0]
     out.mkdir(parents=True, exist_ok=True)
     write_folder(out, to_published(state["model"], layout, model_config))
     names = {i: name for name, i in tokenizer.specials.items()}
-    roles = {role: names[c[f"{role}_id"]] for role in ("bos_token", "eos_token", "pad_token")}
+    roles = {role: names.get(c[f"{role}_id"]) for role in ("bos_token", "eos_token", "pad_token")}
     for file, content in (("config.json", c), ("tokenizer.json", tokenizer.published()),
                           ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **roles})):
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,5 +1,6 @@
 """Tokenizer, corpus, split, layout and order of the data, against plain versions of themselves."""
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -98,12 +99,19 @@ def test_docstrings_are_found_with_their_signatures(tmp_path):
                                    'async def _sendHTTP(x, /, y, *, z):\n    """Send it: :func:`~m.f`, ``z`` times. Then rest."""\n')
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "latin.py").write_bytes(b'"""caf\xe9"""\n')
+    (tmp_path / "said.py").write_bytes(b'# coding: latin-1\ndef said():\n    """Return a caf\xe9."""\n')
+    (tmp_path / "mark.py").write_bytes(b'\xef\xbb\xbfdef marked():\n    """Return a marked one."""\n')
+    many = "".join(f"elif x == {i}:\n    def f{i}():\n        'Return {i}.'\n" for i in range(1500))
+    (tmp_path / "generated.py").write_text(f"if x:\n    pass\n{many}")
+    (tmp_path / ".#a.py").symlink_to("nobody@nowhere")                        # an editor's lock
     records = {record.name: record for record in corpus.load_records(str(tmp_path))}
     assert records["get_item"].prompt == "def Box.get_item(self, key, *rest, flag, **options):\n# get item\n"
     assert records["get_item"].response == "Return the item of this key."
     assert records["get_item"].text.endswith("More.")
     assert records["_sendHTTP"].prompt.startswith("def _sendHTTP(x, y, *, z):\n# send http\n")
     assert records["_sendHTTP"].response == "Send it: `m.f`, `z` times."
+    assert records["said"].text.endswith("caf\xe9.") and records["marked"].text.startswith("def marked():")
+    assert records["f1499"].text.endswith("Return 1499.")
     assert records["Box"].response is None and records["Box"].text.startswith("class Box(Base):\n# box\n")
 
 
@@ -258,7 +266,7 @@ def test_t5s_other_rates_are_objectives_too(density, mean_span, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["span_corruption:0.5", "span_corruption:2:3", "span_corruption:0.5:0.2",
-                                  "span_corruption:0.5:many", "prefix_lm:0.5:3", "next_token:1:2:3"])
+                                  "span_corruption:0.5:many", "span_corruption:0.5:nan", "prefix_lm:0.5:3", "next_token:1:2:3"])
 def test_wrong_numbers_behind_an_objective_are_one_sentence(name, tokenizer):
     with pytest.raises(UserError, match=f"objective is '{name}'; two numbers may follow span_corruption"):
         data.objective_of(name, tokenizer, 64)
@@ -268,6 +276,27 @@ def test_half_a_character_in_a_docstring_is_passed_over(tmp_path):
     """Python may escape what UTF-8 cannot hold; the other docstrings of the file are read."""
     (tmp_path / "m.py").write_text('def f():\n    "Cut \\ud83d."\n\n\ndef g():\n    "Return a whole one."\n')
     assert [record.name for record in corpus.load_records(str(tmp_path / "m.py"))] == ["g"]
+
+
+def test_a_name_that_is_no_text_is_passed_over(tmp_path):
+    """Of such a file the module's own docstring alone is left out."""
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.py")).write_text('"""Module."""\ndef f():\n    "Return a whole one."\n')
+    except OSError:                                             # a file system that takes no such names
+        pytest.skip("no such names here")
+    assert [record.name for record in corpus.load_records(str(tmp_path))] == ["f"]
+
+
+def test_a_mark_in_front_is_no_text(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfdef area(x):\n")
+    assert corpus.read_file(str(tmp_path / "prompts.txt")) == "def area(x):\n"
+
+
+def test_many_files_make_a_long_name(tmp_path):
+    files = [tmp_path / f"part_{i:03d}.jsonl" for i in range(40)]
+    for i, file in enumerate(files):
+        file.write_text(json.dumps({"text": f"Text {i}."}) + "\n")
+    assert len(corpus.load_records(",".join(map(str, files)))) == 40
 
 
 def test_an_objective_finds_its_tokens_in_a_published_tokenizer(tokenizer):

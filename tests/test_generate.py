@@ -8,7 +8,7 @@ import torch
 import masks
 from conftest import STRUCTURES, random_tokens
 from data import Example, lay_out
-from generate import Decoding, beam_search, generate, next_tokens
+from generate import Decoding, beam_search, generate, likeliest, next_tokens
 from shapes import check_shapes
 
 PROMPT_LENGTHS = (5, 0, 1, 9, 3)
@@ -208,3 +208,13 @@ def test_shapes_of_decoding_are_what_names_say(structure, random_model, tokenize
     prompts = [random_tokens(n) for n in PROMPT_LENGTHS]
     _, seen = check_shapes(generate, random_model(structure), prompts, tokenizer, 3)
     assert {"generate", "read", "logits", "decode", "append"} <= set(seen)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_is_shown_as_likeliest_are_tokens_that_exist(structure, random_model, tokenizer):
+    """A published vocabulary may be padded behind its tokens."""
+    fewer = copy.copy(tokenizer)
+    fewer.vocab = 256
+    example = Example(random_tokens(5), [random_tokens(80)])
+    shown = [likeliest(random_model(structure), example, of) for of in (tokenizer, fewer)]
+    assert max(shown[0]) >= 256 > max(shown[1])

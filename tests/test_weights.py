@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,7 @@ def test_a_prefix_may_stand_before_all_names():
     ("baichuan_7b", {"z_loss_weight": 0}, "Baichuan 2"),
     ("falcon_7b", {"alibi": True}, "alibi True"), ("falcon_7b", {"multi_query": False}, "multi_query False"),
     ("chatglm2", {"rmsnorm": False}, "rmsnorm False"),
+    ("chatglm2", {"multi_query_attention": None}, "multi_query_attention False"),      # None: not in the file
     ("t5", {"num_decoder_layers": 3}, "num_decoder_layers 3"),
     ("bart", {"scale_embedding": True}, "scale_embedding True")])
 def test_configurations_that_are_not_built_here_are_refused(name, change, sentence):
@@ -510,6 +512,7 @@ def test_a_published_tokenizer_gives_the_published_ids(kind, tmp_path):
     assert tokenizer.encoding.decode([*expected[0], tokenizer.end]).endswith(("</s>", "<|end|>"))
     assert tokenizer.vocab > max(max(ids, default=0) for ids in expected)
     assert tokenizer.sentence_ends() > {tokenizer.end}
+    assert tokenizer.encode("caf\udce9") != []                  # a byte that is no text, as a terminal may send it
 
 
 def test_rows_open_and_close_as_the_published_model_was_trained(tmp_path, monkeypatch):
@@ -648,10 +651,24 @@ def test_a_prompt_longer_than_the_encoders_positions_is_one_sentence(tmp_path):
         generate.main(generate.Config(run=str(tmp_path / "run"), prompt="a b " * 80, max_new=2, device="cpu"))
 
 
+def test_a_row_of_source_and_target_fits_learned_positions(tmp_path):
+    """A denoising objective puts up to twice the context into a decoder's row."""
+    command(f"import {put_checkpoint(tmp_path / 'published', 'gpt2')} {tmp_path / 'run'}")
+    config = train_pretrain.Config(init=str(tmp_path / "run"), context=50, objective="document_rotation")
+    run, tokenizer = SimpleNamespace(print=print, device="cpu"), None
+    with pytest.raises(UserError, match="run has learned 99 positions; under document_rotation"):
+        train_pretrain.build_model(config, run, tokenizer)
+    for fits in (dataclasses.replace(config, context=49), dataclasses.replace(config, objective="prefix_lm")):
+        assert train_pretrain.build_model(fits, run, tokenizer).config.max_positions == 99
+
+
 @pytest.mark.parametrize("name, layout, kind", [("gpt2", "gpt2", "gpt2"), ("llama", "llama", "gpt2"),
-                                                ("t5", "t5", "bart"), ("flan_t5", "t5", "bart")])
+                                                ("t5", "t5", "bart"), ("flan_t5", "t5", "bart"),
+                                                ("flan_t5", "t5", "t5")])
 def test_import_and_export_give_the_same_file(name, layout, kind, tmp_path):
     """Bit by bit, and a second import gives the same run."""
+    if kind == "t5":
+        pytest.importorskip("tokenizers")
     folder, run, out = put_checkpoint(tmp_path / "published", name, kind), tmp_path / "run", tmp_path / "out"
     command(f"import {folder} {run}")
     command(f"export {run} {out} --layout {layout}")
