@@ -44,8 +44,9 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
             torch.save(state, file)
     except RuntimeError as error:                      # torch's own words hide what the disk has said
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    kept = [old for old in steps_of(run.folder) if old <= step][-config.keep:]     # later ones were damaged
-    for old in set(steps_of(run.folder)).difference(kept):
+    found = steps_of(run.folder)
+    kept = [old for old in found if old <= step][-config.keep:]                    # later ones were damaged
+    for old in set(found).difference(kept):
         (run.folder / f"checkpoint-{old:07d}.pt").unlink()
 
 

@@ -212,7 +212,7 @@ def load_records(path: str, tiny: bool = False) -> list[Record]:
 def load_place(path: str) -> list[Record]:
     """The records of one file, or of the Python sources in a folder."""
     place = Path(path)
-    if not os.path.exists(place):
+    if not os.path.exists(path):
         raise UserError(f"{path}: there is no such file")
     if place.is_dir() or place.suffix == ".py":
         if records := scan(python_files(place, place.stem)):

@@ -95,9 +95,8 @@ def read_chatglm2(c: dict) -> ModelConfig:
          apply_residual_connection_post_layernorm=False, rope_ratio=1, tie_word_embeddings=False,
          multi_query_attention=True)
     return sized(CHATGLM2, c["num_layers"], c["hidden_size"], c["num_attention_heads"],
-                 vocab=c["padded_vocab_size"],
-                 kv_heads=c["multi_query_group_num"], head_width=c["kv_channels"],
-                 ffn_width=c["ffn_hidden_size"],
+                 vocab=c["padded_vocab_size"], kv_heads=c["multi_query_group_num"],
+                 head_width=c["kv_channels"], ffn_width=c["ffn_hidden_size"],
                  norm_eps=c.get("layernorm_epsilon", 1e-5), bias="qkv" if c.get("add_qkv_bias") else "none")
 
 

@@ -122,16 +122,16 @@ def main(config: Config) -> list[dict]:
     corpus.load_records(config.data, config.tiny)       # scanned once, and not by every worker at once
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context) as pool:
+    pool = ProcessPoolExecutor(WORKERS, context)
+    try:
         jobs = [pool.submit(measured, config, name, seed) for name in wanted for seed in seeds]
-        try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
-                records += job.result()
-                records.sort(key=lambda row: (names.index(row["claim"]), row["seed"]))
-                text = "".join(f"{json.dumps(row)}\n" for row in records)
-                common.write_atomically(Path(config.record), text.encode())
-        finally:                                        # after a mistake or an interruption begin no other
-            pool.shutdown(cancel_futures=True)
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
+            records += job.result()
+            records.sort(key=lambda row: (names.index(row["claim"]), row["seed"]))
+            text = "".join(f"{json.dumps(row)}\n" for row in records)
+            common.write_atomically(Path(config.record), text.encode())
+    finally:                                            # after a mistake or an interruption begin no other
+        pool.shutdown(cancel_futures=True)
     for name in wanted:
         print(f"\n## {name}\n\n{table_of(records, name)}")
     if "over_optimisation" in wanted:

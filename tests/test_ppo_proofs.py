@@ -236,8 +236,8 @@ def test_a_transformer_reaches_the_closed_form(structure, seed, beta, steps):
     """The same with a tiny network of each structure, 13 answers to each prompt, within 0.02.
 
     At beta = 0.1 the seeds are chosen: of thirteen tried (causal 0 to 4, the others 0 to 3), ten arrive within
-    these 80 steps. One (causal 4) needs 200. In two (causal 1, prefix 1) an answer that matters to pi* becomes so unlikely on the way that it is not sampled any more,
-    and PPO cannot find what its samples never show.
+    these 80 steps. One (causal 4) needs 200. In two (causal 1, prefix 1) an answer that matters to pi* becomes so
+    unlikely on the way that it is not sampled any more, and PPO cannot find what its samples never show.
     """
     reaches_the_optimum(structure, beta, 0.02, seed, steps)
 
