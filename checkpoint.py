@@ -12,11 +12,13 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
-from common import Run, replacing, speaks, write_atomically
+from common import Run, command_of, replacing, speaks, write_atomically
+from corpus import digest
 from errors import UserError, read_json
 from hardware import processor_name, recorded
 from model import LanguageModel, ModelConfig, ScalarModel, build
@@ -52,10 +54,12 @@ def save(run: Run, step: int, config, model_config: ModelConfig, **parts: Any) -
 
 def started_from(config) -> dict[str, str]:
     """What the run starts from: of the folders `init`, `reward` and `sampler` the newest step, and a digest
-    of all the settings behind it (config.json holds what that run has started from itself). Of an own reward,
-    file.py:function, a digest of the file.
+    of all the settings behind it (config.json holds what that run has started from itself). Of own data and
+    of an own reward, file.py:function, a digest of the files.
     """
     found, samplers, reward = {}, getattr(config, "sampler", "").split(","), getattr(config, "reward", "")
+    if config.data:
+        found[config.data] = f"content {digest(config.data)}"
     if (own := Path(reward.rpartition(":")[0])).is_file():
         found[reward] = f"file {hashlib.sha256(own.read_bytes()).hexdigest()[:8]}"
     for folder in (getattr(config, "init", ""), reward, *samplers):
@@ -83,7 +87,9 @@ def latest(folder: Path, step: int | None = None) -> dict | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = next(iter(str(error).splitlines()), "")
+            if not reason or not isinstance(error, (RuntimeError, EOFError, OSError)):
+                reason = "it is no checkpoint"             # of which torch says how to load it unchecked
             if speaks():
                 print(f"{path} cannot be read ({reason})" + "; trying the one before it" * (step != steps[0]))
     return None
@@ -146,18 +152,19 @@ STARTS_FROM = {"sft": {"init": "pretrain"}, "rm": {"init": "sft"}, "dpo": {"init
 
 
 def command_for(stage: str, folder: str, tiny: bool = False) -> str:
-    """The command that trains a stage into this folder: from what a run there started from, or from the
-    stages that lie beside it.
+    """The command that trains a stage into this folder: that of the run which is there, or one that starts
+    from the stages beside it.
     """
     folder = Path(folder)
-    tiny = tiny or folder.parent == Path("runs/tiny")
-    usual, saved = Path("runs/tiny" if tiny else "runs"), read_json(folder / "config.json", absent={})
-    command = f"python train_{stage}.py" + " --tiny" * tiny
-    for flag, name in STARTS_FROM.get(stage, {}).items():
-        beside = folder.with_name(name)
-        start = saved.get(flag) or (str(beside) if steps_of(beside) else "")
-        command += f" --{flag} {start}" * (start not in ("", str(usual / name)))
-    return command + f" --out {folder}" * (folder != usual / stage)
+    saved = read_json(folder / "config.json", absent={})
+    tiny = saved.get("tiny", tiny or folder.parent == Path("runs/tiny"))
+    usual, command = Path("runs/tiny" if tiny else "runs"), saved.get("command", "")
+    if not command:
+        command = f"python train_{stage}.py" + " --tiny" * tiny
+        for flag, name in STARTS_FROM.get(stage, {}).items():
+            beside = folder.with_name(name)
+            command += f" --{flag} {quote(str(beside))}" * (bool(steps_of(beside)) and beside != usual / name)
+    return command + f" --out {quote(str(folder))}" * (folder != usual / stage)
 
 
 def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:
@@ -231,10 +238,12 @@ def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
     if config.overwrite:                        # only now: whatever was wrong with the settings has been said
         for old in run.folder.glob("checkpoint-*.pt"):
             old.unlink()
-        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+        for name in ("metrics.jsonl", "curves.png", "samples.txt"):
+            (run.folder / name).unlink(missing_ok=True)
     content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
                "dtype_used": run.dtype_name(), "torch": torch.__version__,
-               "processor": processor_name(run.device), "started_from": started_from(config)}
+               "processor": processor_name(run.device), "started_from": started_from(config),
+               "command": command_of(config)}
     write_atomically(run.folder / "config.json", (json.dumps(content, indent=1) + "\n").encode())
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     if getattr(config, "init", ""):              # what an earlier stage held out stays held out

@@ -84,11 +84,11 @@ def run(main, config_class, description: str, parse=parse) -> None:
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"interrupted{goes_on}", 128 + signal.SIGINT))
-    except torch.OutOfMemoryError:           # of a GPU: one rank may meet it alone
-        hint = "; a smaller --micro_batch_size needs less" * hasattr(config_class, "micro_batch_size")
-        rank = os.environ.get("RANK", "0")
-        sys.exit(_say(f"the GPU's memory is full on rank {rank}{hint}{goes_on}", 1, alone=True))
-    except RuntimeError:
+    except (RuntimeError, MemoryError) as error:
+        if memory := _full(error):           # one rank may meet it alone
+            hint = "; a smaller --micro_batch_size needs less" * hasattr(config_class, "micro_batch_size")
+            where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+            sys.exit(_say(f"the {memory} is full{where}{hint}{goes_on}", 1, alone=True))
         if not any(other.poll() for other in others):
             raise
         sys.exit(_say(f"a process of this run has died; {GOES_ON}", 1))
@@ -125,6 +125,13 @@ def _watch(others: list[subprocess.Popen]) -> None:
     time.sleep(10)                   # if it was a mistake of the user, this rank is about to say so itself
     _say(f"a process of this run has died; {GOES_ON}", 1)
     os._exit(1)
+
+
+def _full(error: Exception) -> str:
+    """Which memory an error says is full, if it does."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU's memory"
+    return "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else ""
 
 
 def _say(message, code: int, alone: bool = False) -> int:

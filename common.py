@@ -1,9 +1,11 @@
 """What is the same in every stage and teaches nothing about it: seed, ranks, schedule, run folder, log."""
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -132,17 +134,28 @@ def passed_on(config, flag: str, *kept: str) -> str:
     """What the next command has to be told: by `flag` a run folder other than the usual, the fields `kept`
     where they are not the usual either, and --tiny.
     """
-    fields = {flag: "out", **{f"--{name}": name for name in kept}}
+    return told(config, {flag: "out", **{f"--{name}": name for name in kept}})
+
+
+def told(config, fields: dict[str, str]) -> str:
+    """The flags of these fields, {flag: name}, that have to be given."""
     usual = vars(type(config)()) | (config.TINY if config.tiny else {})
-    told = [f" {word} {getattr(config, name)}" for word, name in fields.items()
-            if getattr(config, name) != usual[name]]
-    return "".join(told) + " --tiny" * config.tiny
+    given = {flag: value for flag, name in fields.items() if (value := getattr(config, name)) != usual[name]}
+    return "".join(f" {flag}" + f" {shlex.quote(str(value))}" * (value is not True)
+                   for flag, value in given.items()) + " --tiny" * config.tiny
+
+
+def command_of(config) -> str:
+    """The command that began a run and goes on with it, without its folder, which may be moved."""
+    others = ("out", "resume", "overwrite", "tiny")
+    fields = {f"--{name}": name for name in vars(config) if name not in others}
+    return f"python {Path(inspect.getfile(type(config))).name}" + told(config, fields)
 
 
 def first_question(folder: str, data: str) -> str:
     """The command that asks a finished run something; one of own data, something of one's own."""
     prompt = "..." if data else "def area(width, height):"
-    return f'python generate.py --run {folder} --prompt "{prompt}"'
+    return f'python generate.py --run {shlex.quote(folder)} --prompt "{prompt}"'
 
 
 def read_log(path: Path) -> list[dict]:

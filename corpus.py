@@ -194,19 +194,38 @@ def load_records(path: str, tiny: bool = False) -> list[Record]:
     """The records of a file or folder, or of several with commas between; of the default corpus where no path
     is given. Faults name file and line.
 
-    A folder means the .jsonl files in it, or, where it has none, its Python sources.
+    A folder means the .jsonl files in it; where it has none, its Python sources; else its texts.
     """
     if not path:
         return scan(corpus_files(tiny))
-    names = [path] if os.path.exists(path) else [name.strip() for name in path.split(",") if name.strip()]
-    places = [place for name in names for place in sorted(Path(name).glob("*.jsonl")) or [name]]
-    stems, records = [Path(place).stem for place in places], []
+    places, records = places_of(path), []
+    stems = [Path(place).stem for place in places]
     for place, stem in zip(places, stems):
         unique = stem if stems.count(stem) == 1 else f"{Path(place).parent.name}/{stem}"
-        for record in load_place(str(place)):
+        for record in load_place(place):
             record.origin = record.origin or unique
             records.append(record)
     return records
+
+
+def places_of(path: str) -> list[str]:
+    """The files that --data means, and the folders whose Python sources it means."""
+    def within(folder: str, *suffixes: str) -> list[str]:
+        return sorted(str(file) for file in Path(folder).glob("*") if file.suffix in suffixes)
+
+    def texts(folder: str) -> list[str]:
+        return [] if python_files(Path(folder), "") else within(folder, *TEXTS[1:])
+    names = [path] if os.path.exists(path) else [name.strip() for name in path.split(",") if name.strip()]
+    return [place for name in names for place in within(name, ".jsonl") or texts(name) or [name]]
+
+
+def digest(path: str) -> str:
+    """Eight letters that tell one content of --data from another."""
+    found = hashlib.sha256()
+    for place in places_of(path):
+        for file, _ in python_files(Path(place), ""):
+            found.update(Path(file).read_bytes())
+    return found.hexdigest()[:8]
 
 
 def load_place(path: str) -> list[Record]:
@@ -217,7 +236,7 @@ def load_place(path: str) -> list[Record]:
     if place.is_dir() or place.suffix == ".py":
         if records := scan(python_files(place, place.stem)):
             return records
-        raise UserError(f"{path}: it holds no docstrings" + " and no .jsonl" * place.is_dir())
+        raise UserError(f"{path}: it holds no docstrings" + ", no .jsonl and no text" * place.is_dir())
     if place.suffix not in (".jsonl", *TEXTS):
         raise UserError(f"{path}: it must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
     content = read_file(path)
@@ -273,7 +292,8 @@ def read_jsonl(path: str, content: str) -> list[Record]:
             keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{path}:{number}: found {keys or 'no keys'}; accepted are the keys "
                             + "; ".join(ACCEPTED))
-        first = found[0]                       # all pairs of a dialogue have one name, and go together
+        # all pairs of a dialogue have one name, and go together: that of the first with a question
+        first = next((pair for pair in found if TURN["user"] in pair.get("prompt", "")), found[0])
         name = function_name(first.get("prompt", "")) or first.get("prompt") or first["text"]
         for fields in found:
             if wrong := [key for key, text in fields.items() if not is_unicode(text)]:
@@ -307,8 +327,10 @@ def fields_of(row: dict) -> list[dict[str, str]]:
         return [compared_dialogues(row.get("prompt", []), row["chosen"], row["rejected"])]
     if "messages" in keys and not {"chosen", "rejected"} <= keys:
         return pairs_of_dialogue(row["messages"])
+    if isinstance(row.get("prompt"), list) and not {"chosen", "rejected"} <= keys:
+        return [asked_dialogue(row["prompt"], row.get("completion", row.get("response")))]
     if {"instruction", "output"} <= keys:
-        more = f"\n\n{text('input')}" if row.get("input") else ""
+        more = f"\n\n{text('input')}" if str(row.get("input") or "").strip() else ""
         return [{"prompt": text("instruction") + more + "\n", "response": text("output")}]
     if {"chosen", "rejected"} <= keys and "prompt" not in keys:
         return [common_prompt(text("chosen"), text("rejected"))]
@@ -326,14 +348,23 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
         message = message if isinstance(message, dict) else {}
         role, content = message.get("role"), message.get("content")
         if role not in [*TURN] or not isinstance(content, str):
-            raise ValueError("'messages' must be a list of objects with role and content, "
+            raise ValueError("'messages' must be a list of objects with role and content, a text; "
                              f"a role being one of {', '.join(TURN)}")
         if role == "assistant":
-            pairs.append({"prompt": said + TURN[role].rstrip(" "), "response": " " + content})
+            reply = " " + content if content.strip() else ""            # of which no stage learns
+            pairs.append({"prompt": said + TURN[role].rstrip(" "), "response": reply})
         said += TURN[role] + content
     if not pairs:
         raise ValueError("'messages' holds no reply of the assistant")
     return pairs
+
+
+def asked_dialogue(prompt: list, completion: list | None) -> dict[str, str]:
+    """What was said as a list of messages, as TRL has it; the reply as another, as a text, or not there."""
+    written = isinstance(completion, list) and completion
+    replies = written or [{"role": "assistant", "content": completion or ""}]
+    pair = pairs_of_dialogue(prompt + replies)[-1]
+    return {name: text for name, text in pair.items() if text}
 
 
 def compared_dialogues(prompt: list | str, chosen: list, rejected: list) -> dict[str, str]:

@@ -413,11 +413,12 @@ def require(examples: list[list], at_least: int, config, wanted: str, most: int 
     """
     train, held_out = map(len, examples)
     if train < at_least or not held_out:
-        mend = ("bring some that fit" if not train + held_out else
-                "bring more of them" if train < at_least else "bring at least two, to hold one out")
+        mend = ("bring some, or raise context where none fits" if not train + held_out else
+                "bring more of them, raise context, or lower batch_size" if train < at_least else
+                "bring at least two different prompts or texts, to hold one out")
         raise UserError(f"{config.data or 'the default corpus'} gives {train:,} training and {held_out:,} "
                         f"held-out sequences of at most {most or config.context} tokens; wanted are "
-                        f"{wanted}, {at_least:,} for a step: {mend}, raise context, or lower batch_size")
+                        f"{wanted}, {at_least:,} for a step: {mend}")
 
 
 def answer_of_token(batch: Batch, where_BT: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import data
 import hardware
 import masks
 from checkpoint import load_language_model, load_tokenizer, stage_of
-from corpus import function_name, function_prompt, load_records, read_file
+from corpus import TEXTS, function_name, function_prompt, load_records, read_file
 from errors import UserError, at_least, check_seed, read_json
 from model import KVCache, LanguageModel
 from tokenizer import Tokenizer
@@ -301,10 +301,17 @@ def main(config: Config) -> list[str]:
     check_seed(config)
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p is {config.top_p}; it must lie above 0 and up to 1")
-    if config.beams and config.samples > 1:
-        raise UserError(f"a beam search finds one answer to a prompt; samples is {config.samples}")
+    drawing = [name for name in ("samples", "temperature", "top_k", "top_p")
+               if getattr(config, name) != getattr(Config, name)]
+    if config.beams and drawing:
+        raise UserError(f"a beam search finds one answer to a prompt and draws nothing: leave out "
+                        f"{', '.join(drawing)}")
+    if config.prompt and config.prompts:
+        raise UserError("prompt and prompts are both given; one of them is meant")
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: there is no such file")
+    if config.prompts and Path(config.prompts).suffix not in (".jsonl", *TEXTS):
+        raise UserError(f"--prompts {config.prompts}: it must be .jsonl or text, a prompt a line")
     device = hardware.choose_device(config.device)
     tokenizer = load_tokenizer(config.run, stage_of(config.run, "pretrain"))
     model = load_language_model(config.run).to(device)

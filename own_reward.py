@@ -76,7 +76,8 @@ class RewardFunction(torch.nn.Module):
             raise UserError(f"--reward {self.name} failed with {type(error).__name__}: {error}; "
                             f"the prompt was {prompt!r}, the response {response!r}") from error
         try:
-            if isinstance(value, str) or not torch.tensor(float(value)).isfinite():     # as fp32 holds it
+            finite = torch.tensor(float(value)).isfinite()                                  # as fp32 holds it
+            if isinstance(value, (str, bytes)) or not finite:
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"--reward {self.name} gave {value!r} for the prompt {prompt!r} "

@@ -9,6 +9,7 @@
 """
 import copy
 import math
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -568,7 +569,8 @@ def following(config: Config) -> str:
     if folder.name != "ppo" or config.data:
         return common.first_question(config.out, config.data)
     usual = config.out == (Config.TINY["out"] if config.tiny else Config.out)
-    return "python evaluate.py" + f" --runs {folder.parent}" * (not usual) + " --tiny" * config.tiny
+    runs = shlex.quote(str(folder.parent))
+    return "python evaluate.py" + f" --runs {runs}" * (not usual) + " --tiny" * config.tiny
 
 
 def main(config: Config) -> dict[str, float]:

@@ -148,6 +148,11 @@ def test_split_is_by_name_and_keeps_what_was_held_out():
     ({"prompt": "P", "response": "R"}, [("P", "R")]), ({"prompt": "P", "completion": "R"}, [("P", "R")]),
     ({"instruction": "I", "output": "O"}, [("I\n", "O")]),
     ({"instruction": "I", "input": "X", "output": "O"}, [("I\n\nX\n", "O")]),
+    ({"instruction": "I", "input": " ", "output": "O"}, [("I\n", "O")]),
+    ({"prompt": [{"role": "user", "content": "U"}], "completion": [{"role": "assistant", "content": "A"}]},
+     [("\n\nHuman: U\n\nAssistant:", " A")]),
+    ({"prompt": [{"role": "user", "content": "U"}], "completion": "A"}, [("\n\nHuman: U\n\nAssistant:", " A")]),
+    ({"prompt": [{"role": "user", "content": "U"}]}, [("\n\nHuman: U\n\nAssistant:", None)]),
     ({"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"},
                    {"role": "user", "content": "V"}, {"role": "assistant", "content": "B"}]},
      [("\n\nHuman: U\n\nAssistant:", " A"), ("\n\nHuman: U\n\nAssistant: A\n\nHuman: V\n\nAssistant:", " B")]),
@@ -158,6 +163,25 @@ def test_own_data_is_recognised_by_its_keys(line, expected, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(line) + "\n")
     records = corpus.load_records(str(tmp_path / "d.jsonl"))
     assert [(r.prompt or "", r.response or r.chosen or r.text) for r in records] == expected
+
+
+def test_a_dialogue_is_named_after_its_first_question(tmp_path):
+    """Not after the greeting in front of it, which many begin with; an empty reply is not learnt from."""
+    with open(tmp_path / "d.jsonl", "w") as file:
+        for question in "UV":
+            turns = (("assistant", "Hello."), ("user", question), ("assistant", " "))
+            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    records = corpus.load_records(str(tmp_path / "d.jsonl"))
+    assert [record.response for record in records] == [" Hello.", "", " Hello.", ""]
+    assert records[0].name == records[1].name != records[2].name == records[3].name
+
+
+def test_a_folder_is_its_jsonl_or_its_sources_or_its_texts(tmp_path):
+    for name, content, texts in (("b.md", "Two.", ["Two."]), ("a.txt", "One.", ["One.", "Two."]),
+                                 ("c.py", '"""Three."""', ["module f.c\nThree."]), ("d.jsonl", '{"text": "Four."}', ["Four."])):
+        (tmp_path / "f").mkdir(exist_ok=True)
+        (tmp_path / "f" / name).write_text(content)
+        assert [record.text for record in corpus.load_records(str(tmp_path / "f"))] == texts
 
 
 @pytest.mark.parametrize("line, fragment", [

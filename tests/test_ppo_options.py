@@ -222,6 +222,7 @@ def test_an_own_reward_reads_prompt_and_response(tokenizer, tmp_path):
     ("def reward(prompt): return 0", "mine.py:reward", "TypeError"),
     ("def reward(prompt, response): return None", "mine.py:reward", "gave None"),
     ("def reward(prompt, response): return '0.5'", "mine.py:reward", "gave '0.5'"),
+    ("def reward(prompt, response): return b'0.5'", "mine.py:reward", "gave b'0.5'"),
     ("def reward(prompt, response): return float('nan')", "mine.py:reward", "finite"),
     ("def reward(prompt, response): return 1e300", "mine.py:reward", "finite"),
     ("import sys; sys.exit(3)", "mine.py:reward", "cannot be run: SystemExit"),

@@ -7,6 +7,8 @@ import functools
 import io
 import json
 import os
+import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -223,6 +225,8 @@ def test_the_next_command_names_an_unusual_folder(flow, capsys):
     assert common.passed_on(rm, "--reward", "init") == " --reward runs/my_rm --init runs/my_sft"
     of_tiny_ones = train_rm.Config(init="runs/tiny/sft", out="runs/tiny/rm")                    # without --tiny
     assert common.passed_on(of_tiny_ones, "--reward", "init") == " --reward runs/tiny/rm --init runs/tiny/sft"
+    assert common.passed_on(train_sft.Config(out="my runs/sft"), "--init") == " --init 'my runs/sft'"
+    assert train_ppo.following(train_ppo.Config(out="my runs/ppo")) == "python evaluate.py --runs 'my runs'"
     for out, own, following in (("runs/ppo", "", "python evaluate.py"), ("mine/ppo", "", "python evaluate.py --runs mine"),
                                 ("runs/tiny/ppo", "", "python evaluate.py --runs runs/tiny"),
                                 ("runs/second", "", "python generate.py --run runs/second"),
@@ -520,6 +524,15 @@ def test_a_run_does_not_go_on_from_another_start(flow, no_curves, tmp_path):
     own.write_text("def reward(prompt, response): return -5.0")
     with pytest.raises(UserError, match="own.py:reward at file .* -> file "):
         train_ppo.main(dataclasses.replace(config, steps=2))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "Say {n}.", "response": "It is {n}."}}\n' for n in range(40)))
+    config = dataclasses.replace(stages[1][1], data=str(pairs), out=str(tmp_path / "pairs"), steps=1)
+    train_sft.main(config)
+    held_out = (tmp_path / "pairs" / "held_out.json").read_text()
+    pairs.write_text(pairs.read_text().replace("It is", "This is"))
+    with pytest.raises(UserError, match="pairs.jsonl at content .* -> content "):
+        train_sft.main(dataclasses.replace(config, steps=2))
+    assert (tmp_path / "pairs" / "held_out.json").read_text() == held_out
 
 
 @one_structure
@@ -535,7 +548,7 @@ def test_a_second_round_ranks_what_the_tuned_policy_writes(flow, no_curves, tmp_
         of_run = checkpoint.load_model(str(runs / name))
         assert all(torch.equal(x, y) for x, y in zip(model.parameters(), of_run.parameters()))
     started = json.loads((tmp_path / "rm" / "config.json").read_text())["started_from"]
-    assert set(started) == {f"{runs}/sft", f"{runs}/ppo"}
+    assert set(started) == {f"{runs}/sft", f"{runs}/ppo", config.data}
     with pytest.raises(UserError, match="is a reward model: it scores answers and writes none"):
         train_rm.main(dataclasses.replace(config, sampler=str(runs / "rm"), out=str(tmp_path / "none")))
     other = shutil.copytree(runs / "ppo", tmp_path / "other")
@@ -554,8 +567,12 @@ def test_a_stage_that_was_stopped_is_told(flow, tmp_path, capsys):
     for folder in copies.values():
         (folder / "checkpoint-0000004.pt").unlink()
     checkpoint.load_tokenizer(str(copies["sft"]), "sft")
-    said = f"note: {copies['sft']} was stopped at step 2 of 4; to finish it: python train_sft.py --init {runs}/pretrain --out {copies['sft']}"
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"note: {copies['sft']} was stopped at step 2 of 4; to finish it: python train_sft.py --")
+    words = shlex.split(said.partition("train_sft.py ")[2])                # all its settings, and where it lies now
+    config = command_line.parse(train_sft.Config, words, "")
+    assert config == dataclasses.replace(stages[1][1], out=str(copies["sft"]))
+    assert checkpoint.open_folder(copies["sft"], config)["step"] == 2
     with pytest.raises(UserError, match="rm was stopped at step 2 of 4; finish it first: python train_rm.py"):
         train_ppo.main(dataclasses.replace(stages[3][1], reward=str(copies["rm"]), out=str(tmp_path / "ppo")))
     assert capsys.readouterr().err == ""                                   # one sentence, and no note before it
@@ -634,7 +651,7 @@ def test_generate_answers_from_a_run(flow, capsys):
     assert len(answers) == 3 and capsys.readouterr().out.count("\n") >= 3
     asked = generate.Config(run=str(runs / "ppo"), prompt="def read_area(width):", beams=2, max_new=8, device="cpu")
     assert len(generate.main(asked)) == 1
-    with pytest.raises(UserError, match="one answer to a prompt; samples is 3"):
+    with pytest.raises(UserError, match="one answer to a prompt and draws nothing: leave out samples"):
         generate.main(dataclasses.replace(asked, samples=3))
 
 
@@ -939,21 +956,27 @@ def test_dpo_without_a_reference_is_one_sentence(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("module, flags, fragment", [
     (bench, ("--batch_size", "0"), "batch_size is 0"), (bench, ("--what", "generate", "--prompt", "-4"), "prompt is -4"),
     (bench, ("--source", "-4"), "source is -4"), (generate, ("--temperature", "inf"), "temperature is inf"),
-    (generate, ("--seed", "-1"), "seed is -1")])
+    (generate, ("--seed", "-1"), "seed is -1"), (generate, ("--prompt", "a", "--prompts", "b.txt"), "both given"),
+    (generate, ("--prompts", __file__), "must be .jsonl or text"),
+    (generate, ("--beams", "2", "--samples", "2", "--top_k", "3"), "leave out samples, top_k")])
 def test_the_other_scripts_check_before_they_begin(module, flags, fragment, monkeypatch, capsys):
     assert fragment in fails(monkeypatch, capsys, module, *flags)
 
 
-def test_a_full_gpu_is_one_sentence(monkeypatch, capsys):
+@pytest.mark.parametrize("error, memory", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "GPU's memory"), (MemoryError(), "memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "memory")])
+def test_full_memory_is_one_sentence(error, memory, monkeypatch, capsys):
     """On the rank that meets it, since the others do not."""
     def full(config):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        raise error
     monkeypatch.setattr(sys, "argv", ["train_sft.py", "--ranks", "1"])
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as stopped:
         command_line.run(full, train_sft.Config, "")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 1 and "full on rank 3; a smaller --micro_batch_size" in error and error.count("\n") == 1
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and f"the {memory} is full on rank 3; a smaller --micro_batch_size" in said
+    assert said.count("\n") == 1
 
 
 def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch):
@@ -1059,14 +1082,16 @@ def test_bad_input_with_overwrite_loses_nothing(monkeypatch, capsys, flow):
 
 
 @one_structure
-def test_overwrite_begins_anew(flow, tmp_path):
-    """--overwrite replaces a run made with other settings; no old checkpoint survives."""
+def test_overwrite_begins_anew(flow, tmp_path, monkeypatch):
+    """--overwrite replaces a run made with other settings; no old checkpoint, curves or samples survive."""
     _, stages, _ = flow
     main, config = stages[1]
     folder = tmp_path / "old"
     shutil.copytree(config.out, folder)
-    main(type(config)(**{**vars(config), "out": str(folder), "steps": 3, "lr": 1e-4, "overwrite": True}))
-    assert checkpoint.steps_of(folder) == [2, 3]
+    config, seen = dataclasses.replace(config, out=str(folder), steps=3, lr=1e-4, overwrite=True), []
+    monkeypatch.setattr(common.Log, "line", lambda log, step, **figures: seen.append({p.name for p in folder.iterdir()}))
+    main(config)
+    assert checkpoint.steps_of(folder) == [2, 3] and not {"curves.png", "samples.txt"} & seen[0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch, package, tmp_path):
@@ -1097,6 +1122,9 @@ def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys, left):
     newest = folder / "checkpoint-0000004.pt"
     newest.write_bytes(newest.read_bytes()[:left])
     assert checkpoint.latest(folder)["step"] == 2 and "cannot be read" in capsys.readouterr().out
+    for content in (b"hello", pickle.dumps(folder, protocol=2)):
+        newest.write_bytes(content)
+        assert checkpoint.latest(folder)["step"] == 2 and "cannot be read (it is no checkpoint)" in capsys.readouterr().out
     (folder / "checkpoint-0000002.pt").write_bytes(b"")
     config = type(stages[1][1])(**{**vars(stages[1][1]), "out": str(folder)})
     with pytest.raises(UserError, match="none of which can be read"):
