@@ -58,8 +58,8 @@ def started_from(config) -> dict[str, str]:
     of an own reward, file.py:function, a digest of the files.
     """
     found, samplers, reward = {}, getattr(config, "sampler", "").split(","), getattr(config, "reward", "")
-    if config.data:
-        found[config.data] = f"content {digest(config.data)}"
+    if own_data := getattr(config, "data", ""):
+        found[own_data] = f"content {digest(own_data)}"
     if (own := Path(reward.rpartition(":")[0])).is_file():
         found[reward] = f"file {hashlib.sha256(own.read_bytes()).hexdigest()[:8]}"
     for folder in (getattr(config, "init", ""), reward, *samplers):
@@ -158,7 +158,7 @@ def command_for(stage: str, folder: str, tiny: bool = False) -> str:
     folder = Path(folder)
     saved = read_json(folder / "config.json", absent={})
     tiny = saved.get("tiny", tiny or folder.parent == Path("runs/tiny"))
-    usual, command = Path("runs/tiny" if tiny else "runs"), saved.get("command", "")
+    usual, command = Path("runs/tiny" if tiny else "runs"), saved.get("command_line", "")
     if not command:
         command = f"python train_{stage}.py" + " --tiny" * tiny
         for flag, name in STARTS_FROM.get(stage, {}).items():
@@ -242,8 +242,9 @@ def open_run(run: Run, config, tokenizer: Tokenizer, names: set[str]) -> None:
             (run.folder / name).unlink(missing_ok=True)
     content = {**dataclasses.asdict(config), "ranks": run.world, "threads": torch.get_num_threads(),
                "dtype_used": run.dtype_name(), "torch": torch.__version__,
-               "processor": processor_name(run.device), "started_from": started_from(config),
-               "command": command_of(config)}
+               "processor": processor_name(run.device), "started_from": started_from(config)}
+    if hasattr(config, "resume"):                # a stage's, not that of weights.py
+        content["command_line"] = command_of(config)
     write_atomically(run.folder / "config.json", (json.dumps(content, indent=1) + "\n").encode())
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     if getattr(config, "init", ""):              # what an earlier stage held out stays held out

@@ -86,6 +86,8 @@ def load_study(config: Config) -> tuple[Study, dict[str, torch.nn.Module]]:
     train, held_out = corpus.split(records, kept)
     run = common.Run(folder, device, torch.float32)
     pairs = [record for record in held_out if record.response]
+    if not labeller_file.can_judge(pairs):
+        print(labeller_file.NO_GOLD)
     rows = data.token_rows(run, tokenizer, pairs, ("prompt", "response"), context)
     most = models["sft"].config.max_positions                   # learned ones; 0: as many as it takes
     rows = [row for row in rows if not most or len(row.source) + tokenizer.around + config.max_new <= most]
@@ -201,8 +203,8 @@ def win_rate(golds: np.ndarray, rivals: np.ndarray) -> float:
 
 
 def scores_of(study: Study, answers: list) -> tuple[np.ndarray, dict[str, float]]:
-    """The labeller's score of every answer; their mean with its interval over prompts, mean relevance, and
-    mean overlap with the human lines.
+    """The labeller's score of every answer; their mean with its interval over prompts, the mean of `about`,
+    and of the overlap with the human lines.
     """
     golds, lines = golds_of(study, answers), [study.tokenizer.decode(answer) for answer in answers]
     low, high = interval(golds.reshape(-1, len(study.prompts)).mean(0), study.config.seed)
@@ -214,9 +216,7 @@ def scores_of(study: Study, answers: list) -> tuple[np.ndarray, dict[str, float]
 
 
 def distance_of(study: Study, model, answers: list, temperature: float) -> dict[str, float]:
-    """How far a model has gone from SFT, in nats per answer that it drew at that temperature; its entropy
-    there.
-    """
+    """How far a model has gone from SFT, in nats per answer drawn at that temperature; its entropy there."""
     entropies: list[torch.Tensor] = []
     logprobs = logprobs_of(study, model, answers, temperature=temperature, entropies=entropies)
     itself = model is study.reference and temperature == 1
@@ -289,9 +289,11 @@ def build_report(config: Config) -> tuple[dict, str]:
     report = {}
     rows = [row for row in ROWS if row in written]
     for name in tqdm(rows, "measuring them", leave=False, disable=None):
-        row = row_of(study, written[name], greedy.get(name), authors.get(name) if name != "base" else None,
-                     rivals, config.cool if name == "sft_cool" else 1.0)
-        row |= loss_of(study, base) | distance_of(study, base, whole, 1.0) if name == "base" else {}
+        author = None if name == "base" else authors.get(name)
+        row = row_of(study, written[name], greedy.get(name), author, rivals,
+                     config.cool if name == "sft_cool" else 1.0)
+        if name == "base":                                      # not of its first lines: of all that it wrote
+            row |= loss_of(study, base) | distance_of(study, base, whole, 1.0)
         report[name] = {column: round(value, 4) for column, value in row.items()}
     if study.reward:
         report["best_of_n"]["kl"] = round(kl_of_best(config.best_of), 4)

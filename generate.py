@@ -39,7 +39,8 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
     if top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-        before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)   # probability of likelier ones
+        p_BV = sorted_BV.softmax(-1)
+        before_BV = p_BV.cumsum(-1) - p_BV                                     # probability of likelier ones
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
         logits_BV = logits_BV.masked_fill(dropped_BV, float("-inf"))
     # the inverse of the cumulative distribution: several times faster on a CPU than torch.multinomial
@@ -51,9 +52,7 @@ def next_tokens(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
 
 
 class Decoding:
-    """A batch of prompts being continued: read() takes the next tokens in and gives the logits that follow
-    them.
-    """
+    """A batch of prompts being continued: read() takes the next tokens in and gives the logits after them."""
 
     def __init__(self, model: LanguageModel, prompts: list[list[int]], max_new: int, tokenizer: Tokenizer):
         self.model, self.structure, device = model, model.config.structure, model.embedding.weight.device
@@ -125,8 +124,7 @@ class Decoding:
             at, T = self.cache.length, tokens_BT.shape[1]
             in_answer = (self.slots[at:at + T] - self.first_of_target + 1).clamp(min=0).expand_as(positions)
             positions = torch.stack((positions - in_answer, in_answer))
-        cross = (self.memory, self.cross) if self.structure == "encdec" else ()
-        hidden_BTD = self.model.decode(tokens_BT, positions, mask, *cross, cache=self.cache)
+        hidden_BTD = self.model.decode(tokens_BT, positions, mask, self.memory, self.cross, self.cache)
         return self.model.logits(hidden_BTD[:, -1])
 
 
@@ -196,7 +194,7 @@ def beam_search(model: LanguageModel, prompts: list[list[int]], tokenizer: Token
     `beams` hypotheses are kept; each goes on with every token, and the best of all these are kept again. One
     that has ended stays as it is, for as long as it is among the best. The score is log p / length ^
     length_power: without it the shortest wins (Wu et al. 2016, section 7, in a simpler form). Nothing is
-    drawn, and one beam is greedy decoding. Of an answer's tokens beside its end none is special.
+    drawn, and one beam is greedy decoding. An answer holds no special token but its end.
     """
     batches = (prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size))
     return [answer for batch in batches
@@ -259,9 +257,7 @@ def likeliest(model: LanguageModel, example: data.Example, tokenizer: Tokenizer)
 
 def generate_many(run: common.Run, model: LanguageModel, prompts: list[list[int]], tokenizer: Tokenizer,
                   max_new: int, temperature: float, seed: int) -> list[list[int]]:
-    """generate() for thousands of prompts, shared between the ranks. The draws do not depend on the number of
-    ranks.
-    """
+    """generate() for thousands of prompts, shared between the ranks; the draws do not depend on how many."""
     parts = [prompts[i:i + 256] for i in range(0, len(prompts), 256)]
     mine = {}
     for i in run.progress(run.mine(list(range(len(parts)))), "sampling answers"):

@@ -73,9 +73,7 @@ def words_of(line: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """A word without its ending, so that 'converts', 'converted' and 'conversion' meet 'convert' where they
-    can.
-    """
+    """A word without its ending, so that 'converts', 'converted' and 'converter' meet 'convert'."""
     for ending in ("ations", "ation", "ings", "ing", "ions", "ion", "ers", "ies", "er", "ed", "es", "s", "e",
                    "y"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
@@ -90,9 +88,7 @@ def command(line: str) -> float:
 
 
 def about(prompt: str, line: str) -> float:
-    """Share of the identifier's words, stop words aside, whose stem begins a word of the line: attr,
-    attribute.
-    """
+    """Share of the identifier's words, stop words aside, whose stem begins a word of the line."""
     name = identifier_words(function_name(prompt))
     stems = {stem(word) for word in name if word not in STOP_WORDS} or {stem(word) for word in name}
     words = words_of(line)
@@ -154,9 +150,7 @@ class Labeller:
 
 
 def can_judge(records: list[Record]) -> bool:
-    """Whether at least half of the prompts are signatures of functions: of others the guideline says
-    nothing.
-    """
+    """Whether at least half of the prompts are function signatures: of others the guideline says nothing."""
     return 2 * sum(bool(function_name(record.prompt)) for record in records) >= len(records)
 
 
@@ -168,7 +162,7 @@ def collect_rankings(config, run, tokenizer, records: list[Record], samplers: li
     well and speak about something else, which a reward model must not overlook and samples alone rarely show.
     And a share config.label_noise of the comparisons is in the wrong order.
 
-    Records that bring their own comparison (chosen, rejected) are taken as they are.
+    Records that bring their own comparison (chosen, rejected) are taken as they are, but for label_noise.
     """
     compared = [r for r in records if r.chosen]
     differ = [r for r in compared if r.chosen != r.rejected]

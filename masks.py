@@ -152,9 +152,8 @@ def textbook(n_source: int = 4, n_target: int = 4) -> dict[str, Tensor]:
     """
     n = n_source + n_target
     part = (torch.arange(n) >= n_source).long()[None]
-    in_target = Predicate(lambda b, h, q, k: part[b, q] == 1)
     figure = {"causal decoder": causal, "prefix decoder": causal | prefix(part),
-              "encoder-decoder": (causal & in_target) | prefix(part)}
+              "encoder-decoder": causal | prefix(part)}
     return {name: dense(predicate, 1, n, n)[0, 0] for name, predicate in figure.items()}
 
 

@@ -150,9 +150,7 @@ def norm_of(config: ModelConfig) -> nn.Module:
 # ---- the parts: attention and feed-forward -----------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of the tokens read so far: preallocated (B, G, S, K) per layer, `length` of S
-    filled.
-    """
+    """Keys and values of the tokens read so far: (B, G, S, K) per layer, the first `length` of S filled."""
 
     def __init__(self, config: ModelConfig, B: int, S: int, device, dtype=torch.float32):
         shape = (config.layers, B, config.kv_heads, S, config.head_width)
@@ -163,9 +161,7 @@ class KVCache:
         self.cross: list = [None] * config.layers     # keys and values of the encoder's output, computed once
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values; returns those of all tokens so far. The model advances
-        `length`.
-        """
+        """Store the new tokens' keys and values; returns those of all so far. The model advances `length`."""
         end = self.length + k_BGTK.shape[2]
         if end > self.k.shape[3]:
             raise ValueError(f"the cache holds {self.k.shape[3]} tokens; {end} were asked for")
@@ -201,9 +197,7 @@ class Attention(nn.Module):
         return x_BTE.unflatten(-1, (-1, self.K)).transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, mask, angles=None, cache=None, layer: int = 0) -> Tensor:
-        """Self-attention: queries and keys are rotated by their positions, keys and values go into the
-        cache.
-        """
+        """Self-attention: positions rotate queries and keys; keys and values go into the cache."""
         qk, v = self.heads(self.qkv(x_BTD)).split((self.H + self.G, self.G), dim=1)
         qk = rotate(qk, *angles) if angles else qk
         q, k = qk.split((self.H, self.G), dim=1)
@@ -427,9 +421,7 @@ class Decoder(LanguageModel):
 
 
 class EncoderDecoder(LanguageModel):
-    """The source is read by a bidirectional encoder; the target's causal decoder looks at it by
-    cross-attention.
-    """
+    """A bidirectional encoder reads the source; the target's causal decoder sees it by cross-attention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

@@ -48,9 +48,7 @@ def random_segments(n_items: int, n_segments: int, rng: np.random.Generator) -> 
 
 
 def n_noise_spans(length: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """Number of noise tokens and of noise spans in a text of that length. The first span follows >= 1 kept
-    token.
-    """
+    """Number of noise tokens and of noise spans in a text of that length. Each span follows a kept token."""
     n_noise = min(max(round(length * density), 1), length - 1)
     n_spans = min(max(round(n_noise / mean_span), 1), n_noise, length - n_noise)
     return n_noise, n_spans
@@ -180,9 +178,7 @@ def token_deletion(text: list[int], rng: np.random.Generator, density: float = 0
 
 
 def document_rotation(text: list[int], rng: np.random.Generator) -> Pair:
-    """The text begins at a uniformly drawn token, what was before comes last (Lewis et al. 2020, section
-    2.2).
-    """
+    """The text turned round to begin at a uniformly drawn token (Lewis et al. 2020, section 2.2)."""
     start = int(rng.integers(0, max(1, len(text))))
     return Pair(text[start:] + text[:start], text)
 
@@ -334,9 +330,8 @@ def pairwise_accuracy(scores_PK: Tensor, preference_PKK: Tensor, human_P: Tensor
     right_PKK = preference_PKK & (scores_PK[:, :, None] > scores_PK[:, None, :])
     with_human_PKK = torch.zeros_like(preference_PKK)
     with_human_PKK[:, 0, :] = with_human_PKK[:, :, 0] = human_P[:, None]
-    kinds = (torch.ones_like(with_human_PKK), ~with_human_PKK, with_human_PKK)
-    return torch.stack([torch.stack([(x & kind).sum() for x in (right_PKK, preference_PKK)])
-                        for kind in kinds])
+    kinds = torch.stack((torch.ones_like(with_human_PKK), ~with_human_PKK, with_human_PKK))
+    return torch.stack([(kinds & x).sum((1, 2, 3)) for x in (right_PKK, preference_PKK)], dim=1)
 
 
 def correlation(x_N: Tensor, y_N: Tensor) -> Tensor:
@@ -457,9 +452,7 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) per token (PPO's reference code,
-    2017).
-    """
+    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) per token (PPO's 2017 reference code)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -468,11 +461,10 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 one that knows the mean alone. 1-D, counted entries
     only.
 
-    Returns that are all alike leave nothing to explain: 0.
+    Returns that are all alike, but for the rounding of fp32, leave nothing to explain: 0.
     """
-    variance = returns.var(unbiased=False)
-    unexplained = (returns - values).var(unbiased=False) / variance.clamp(min=1e-12)
-    return torch.where(variance > 0, 1 - unexplained, 0.0)
+    variance, rounding = returns.var(unbiased=False), 1e-12 * (values ** 2 + returns ** 2).mean()
+    return torch.where(variance > rounding, 1 - (returns - values).var(unbiased=False) / variance, 0.0)
 
 
 # ---- DPO: PPO's optimum from the comparisons themselves ----------------------------------------------------

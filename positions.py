@@ -139,6 +139,6 @@ def with_bias(mask, bias: Tensor | Callable, B: int, H: int, T: int, S: int, dev
             return Biased(mask, bias)
         mask = masks.dense(masks.Predicate(mask.mask_mod), B, T, S, device)
     if not isinstance(bias, Tensor):
-        bias = bias(*(torch.arange(n, device=device).view([-1 if i == j else 1 for j in range(4)])
-                      for i, n in enumerate((B, H, T, S))))
+        b, h, q, k = (torch.arange(n, device=device) for n in (B, H, T, S))
+        bias = bias(b[:, None, None, None], h[:, None, None], q[:, None], k)
     return bias.masked_fill(~mask, float("-inf"))

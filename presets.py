@@ -22,9 +22,7 @@ CHOICES = {"structure": STRUCTURES, "norm": ("rms", "layer"),
 
 @dataclass
 class ModelConfig:
-    """Sizes and variants of a network. encdec has `layers` layers in the encoder and as many again in the
-    decoder.
-    """
+    """Sizes and variants of a network. encdec: `layers` layers in the encoder, as many in the decoder."""
     structure: str = "causal"
     vocab: int = 2048
     layers: int = 4
@@ -176,8 +174,7 @@ def preset(name: str, **changes) -> ModelConfig:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.8)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
         raise UserError(f"there is no preset {name!r}; {hint}")
-    config = ModelConfig(**PRESETS[name])
-    return scaled(config, **changes) if changes else config
+    return scaled(ModelConfig(**PRESETS[name]), **changes)
 
 
 def preset_for(name: str, structure: str, context: int, **changes) -> ModelConfig:

@@ -33,9 +33,9 @@ def train_bpe(texts: list[str], vocab: int) -> dict[bytes, int]:
     """Byte-pair encoding (Sennrich et al. 2016, algorithm 1): merge the most frequent pair, again and again.
 
     Returns token bytes -> rank: the 256 bytes, then one merge after another, until ranks and special tokens
-    together are `vocab`. Ties go to the pair that comes first in byte order, so that the result depends on
-    the counts alone. Pair counts are kept up to date instead of counted anew: a merge touches only the words
-    that hold the pair.
+    together are `vocab`, or every word of the texts is one token. Ties go to the pair that comes first in
+    byte order, so that the result depends on the counts alone. Pair counts are kept up to date instead of
+    counted anew: a merge touches only the words that hold the pair.
     """
     n_merges = vocab - 256 - len(SPECIALS)
     if n_merges < 0:
@@ -129,10 +129,8 @@ def own_settings(ranks: dict[bytes, int]) -> dict:
 
 
 class Tokenizer:
-    """An encoding and the ids of the special tokens. Text that looks like a special token is ordinary text.
-
-    What stands around a source and before a target says `frame`. Published tokenizers have other settings
-    for it than ours (published_tokenizers.py).
+    """An encoding and the ids of the special tokens. `frame` says what stands around a source and before a
+    target; published tokenizers have other settings for it than ours (published_tokenizers.py).
     """
 
     def __init__(self, ranks: dict[bytes, int], settings: dict | None = None):

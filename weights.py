@@ -298,7 +298,7 @@ def import_folder(config: Config) -> LanguageModel:
     checkpoint.open_run(run, config, tokenizer, set())
     checkpoint.save(run, 0, config, model_config, model=model)
     print(f"{run.folder}: {parameter_count(model):,} parameters, {told}\n"
-          f'next: python generate.py --run {run.folder} --prompt "..."')
+          f"next: {common.first_question(config.out, config.source)}")
     return model
 
 

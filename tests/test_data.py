@@ -9,14 +9,16 @@ import regex
 import tiktoken
 import torch
 
+import common
 import corpus
 import data
 import labeller
+import masks
 import tokenizer as tokenizer_file
 import train_ppo
 import train_rm
 import train_sft
-from conftest import STRUCTURES, random_examples
+from conftest import STRUCTURES, random_examples, random_tokens
 from errors import UserError
 
 TEXTS = ["The cat sat on the mat, and the cat's hat sat on the cat.", "def merge_rows(rows):\n    return sum(rows)\n\n\n",
@@ -87,6 +89,12 @@ def test_tokenizer_file_round_trip(tokenizer, tmp_path):
     assert len({loaded.pad, loaded.bos, loaded.end}) == 3 and isinstance(loaded.encoding, tiktoken.Encoding)
 
 
+def test_a_tokenizer_of_another_size_is_trained_anew():
+    """Of the same texts: the cache tells them apart."""
+    records, least = [corpus.Record("f", text=TEXTS[0])], 256 + len(tokenizer_file.SPECIALS)
+    assert [data.tokenizer_for(records, least + n).vocab for n in (2, 5)] == [least + 2, least + 5]
+
+
 # ---- corpus ------------------------------------------------------------------------------------------------
 
 def test_docstrings_are_found_with_their_signatures(tmp_path):
@@ -115,15 +123,22 @@ def test_docstrings_are_found_with_their_signatures(tmp_path):
     assert records["Box"].response is None and records["Box"].text.startswith("class Box(Base):\n# box\n")
 
 
+def test_a_docstring_of_two_words_is_no_summary():
+    assert corpus.summary_line("Read it.") is None and corpus.summary_line("Read it all.") == "Read it all."
+
+
 def test_scanning_twice_reads_the_cache(tmp_path, monkeypatch):
-    """The second scan does not open the sources; a source that has grown is read again."""
-    (tmp_path / "a.py").write_text('def f_one():\n    """Return one of it."""\n')
-    first = corpus.load_records(str(tmp_path))
+    """The second scan does not open the sources; one of another size, or of another time, is read again."""
+    def scanned(summary: str, time: int) -> list[corpus.Record]:
+        (tmp_path / "a.py").write_text(f'def f():\n    """{summary}"""\n')
+        os.utime(tmp_path / "a.py", (time, time))
+        return corpus.load_records(str(tmp_path))
+    first = scanned("Return one of it.", 1)
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "scan_file", None)
         assert corpus.load_records(str(tmp_path)) == first
-    (tmp_path / "a.py").write_text('def f_two():\n    """Return two of them."""\n')
-    assert corpus.load_records(str(tmp_path))[-1].name == "f_two"
+    for summary, time in (("Return two of them.", 1), ("Return six of them.", 2)):
+        assert scanned(summary, time)[-1].response == summary
 
 
 def test_same_summary_counts_once(tmp_path):
@@ -272,11 +287,12 @@ def test_a_dialogue_is_held_out_as_a_whole(tmp_path):
     assert len(records) == 3 and len({record.name for record in records}) == 1
 
 
-def test_the_last_names_are_held_out_where_the_rule_holds_out_none():
+@pytest.mark.parametrize("rule", [False, True], ids=("none", "all"))
+def test_the_last_names_are_held_out_where_the_rule_holds_out_none_or_all(rule):
     """By name, not by record: one name is never on both sides."""
-    free = [name for name in map(str, range(99)) if not corpus.is_held_out(name)][:4]
-    train, held_out = corpus.split([corpus.Record(name, text=name) for name in free for _ in range(5)])
-    assert {r.name for r in train} == set(free[:3]) and [r.name for r in held_out] == 5 * [free[3]]
+    names = [name for name in map(str, range(999)) if corpus.is_held_out(name) == rule][:4]
+    train, held_out = corpus.split([corpus.Record(name, text=name) for name in names for _ in range(5)])
+    assert {r.name for r in train} == set(names[:3]) and [r.name for r in held_out] == 5 * [names[3]]
 
 
 @pytest.mark.parametrize("density, mean_span", [(0.1, 3), (0.5, 3), (0.15, 2), (0.15, 10), (0.5, 10)])
@@ -335,6 +351,44 @@ def test_an_objective_finds_its_tokens_in_a_published_tokenizer(tokenizer):
     for name, missing in (("glm_10b", "<smask>"), ("ul2", "<R>")):
         with pytest.raises(UserError, match=f"{name} wants a token {missing}"):
             data.objective_of(name, published, 64)
+
+
+@pytest.mark.parametrize("chosen, rejected", [("b", "a" * 50), ("a" * 50, "b")])
+def test_the_longest_answer_must_fit(chosen, rejected, tokenizer):
+    """Whichever of the two it is, with its end token and what stands around; and it may just fit."""
+    run = common.Run(None, torch.device("cpu"), torch.float32)
+    record = corpus.Record("f", prompt="p", chosen=chosen, rejected=rejected)
+    most = max(len(tokenizer.encode(text)) for text in (chosen, rejected)) + 2 + tokenizer.around
+    rows = [data.token_rows(run, tokenizer, [record], ("prompt", "chosen", "rejected"), context)
+            for context in (most - 1, most)]
+    assert [len(row) for row in rows] == [0, 1]
+
+
+def test_an_answer_fits_after_the_longest_prompt(tokenizer):
+    """And the context is then full."""
+    prompt = random_tokens(data.room_for_prompt(train_rm.Config(context=20, max_new=8), tokenizer))
+    batch = data.lay_out([data.Example(prompt, [random_tokens(8)])], "causal", 1, tokenizer)
+    assert int((batch.document >= 0).sum()) == 20
+
+
+def test_a_row_of_several_answers_needs_a_tensor(tokenizer):
+    """One source in a row is not enough for the plain causal mask: its answers would see each other."""
+    batch = data.lay_out([data.Example([1, 2], [[3, 4], [5]])], "causal", 1, tokenizer)
+    assert not batch.one_per_row and isinstance(masks.of_batch("causal", batch).attention, torch.Tensor)
+
+
+@pytest.mark.parametrize("row_length, shared", [(11, [1, 1, 1, 1, 1]), (12, [2, 2, 1])])
+def test_answers_share_a_prompt_while_the_row_has_room(row_length, shared, tokenizer):
+    """<bos> 1, and 2 with an answer behind it twice, are twelve tokens."""
+    examples = data.answers_of_prompts([[1, 2]] * 5, [[3] * 4] * 5, "causal", row_length, tokenizer)
+    assert [len(example.targets) for example in examples] == shared
+
+
+def test_the_first_token_belongs_to_its_answer(tokenizer):
+    """Though the last token of the prompt predicts it."""
+    examples = [data.Example([1, 2], [[3, 4]]), data.Example([5], [[6, 7, 8]])]
+    batch = data.lay_out(examples, "causal", 99, tokenizer)
+    assert sorted(data.answer_of_token(batch, batch.loss_mask).tolist()) == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("stage", [train_sft, train_rm, train_ppo])
@@ -401,10 +455,17 @@ def test_an_epoch_reads_everything_once_in_an_order_of_its_own():
     assert epochs[0][3] == data.indices_of_step(sizes, 10, 7, 3)[0].tolist()
 
 
+def test_every_step_draws_by_itself():
+    """Its generator is no other step's, nor that of another seed."""
+    sizes = np.ones(100, dtype=int)
+    draws = {data.indices_of_step(sizes, 10, seed, step)[1].random() for seed in (7, 8) for step in (0, 1, 10)}
+    assert len(draws) == 6
+
+
 def test_preferences_drop_ties_and_absent_answers():
     """[p, w, l] is True exactly where w is ranked before l by at least the tie."""
-    groups = [data.Example([], [[1], [2], [3]], (), (0.5, 0.45, 0.9)), data.Example([], [[1], [2]], (), (0.0, 1.0))]
-    preference = data.preferences(groups, 0.08)
+    groups = [data.Example([], [[1], [2], [3]], (), (0.5, 0.45, 0.9)), data.Example([], [[1], [2]], (), (0.0, 0.25))]
+    preference = data.preferences(groups, 0.25)
     expected = {(0, 2, 0), (0, 2, 1), (1, 1, 0)}
     assert {tuple(index) for index in preference.nonzero().tolist()} == expected
 
@@ -423,6 +484,25 @@ def test_every_part_of_the_guideline():
     parts = judge.parts(prompt, "return the blorb map map")
     assert parts["words"] == pytest.approx((4 / 5) ** 2) and parts["no_repetition"] == pytest.approx((3 / 4) ** 2)
     assert judge.gold(prompt, "") == 0 < judge.gold(prompt, "Blorb") < judge.gold(prompt, "Convert the color map.") <= 1
+
+
+def test_gold_is_the_weighted_mean():
+    """Half a point for the capital, one word in three of the name, two words where three are wanted."""
+    gold = labeller.Labeller(["convert it"] * 3).gold("def convert_color_map(x):\n", "Convert it")
+    assert gold == pytest.approx((2 + 2 / 3 + 0.5 + 2 / 3 + 1 + 1) / 8)
+
+
+def test_known_words_occur_three_times():
+    """Within identifiers too."""
+    assert labeller.known_words(["row row_count", "count row to"]) == ["row"]
+
+
+def test_a_stem_has_three_letters():
+    assert [labeller.stem(word) for word in ("uses", "converts", "keys")] == ["use", "convert", "key"]
+
+
+def test_stop_words_of_a_name_need_not_be_said():
+    assert labeller.about("def sum_of_rows(x):\n", "Sum the rows.") == 1
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

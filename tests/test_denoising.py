@@ -172,14 +172,15 @@ def test_the_span_that_was_cut_can_be_anywhere():
 # ---- BART --------------------------------------------------------------------------------------------------
 
 def test_text_infilling_masks_each_span_once():
-    """Between two kept tokens stands a mask where tokens are missing, at most one, and 30 % are missing."""
+    """Between two kept tokens stands a mask where tokens are missing, at most one; 30 %, rounded up, are missing.
+    """
     inserted = 0
     for seed in range(200):
-        text = list(range(100))
+        text = list(range(101))
         pair = objectives.text_infilling(text, np.random.default_rng(seed), MASK)
         kept = [token for token in pair.source if token != MASK]
         assert len(kept) == 70 and kept == sorted(kept) and pair.target == text
-        parts = " ".join(map(str, [-1, *pair.source, 100])).replace(str(MASK), "|").split()
+        parts = " ".join(map(str, [-1, *pair.source, 101])).replace(str(MASK), "|").split()
         for left, right in zip(parts, parts[1:]):
             assert (left, right) != ("|", "|")
             assert "|" in (left, right) or int(right) == int(left) + 1        # nothing goes without a mask
@@ -326,16 +327,18 @@ def test_glm_document_is_the_end_of_the_text(shortest, lengths):
     assert sorted(drawn) == list(lengths) and spread_is_even(list(drawn.values()))
 
 
-@pytest.mark.parametrize("name, shares", [("glm_10b", {MASK: 0.5, SMASK: 0.3, GMASK: 0.2}),
-                                          ("glm_130b", {MASK: 0.3, GMASK: 0.7})])
-def test_glm_mixtures_have_their_shares(name, shares):
-    """Which mask a source has, over many texts."""
+@pytest.mark.parametrize("name, shares, shortest", [("glm_10b", {MASK: 0.5, SMASK: 0.3, GMASK: 0.2}, 10),
+                                                    ("glm_130b", {MASK: 0.3, GMASK: 0.7}, 1)])
+def test_glm_mixtures_have_their_shares(name, shares, shortest):
+    """Which mask a source has, over many texts of 40 tokens, and how many of them [gMASK] stands for."""
     rng, text = np.random.default_rng(0), [1, 2, 3, 7] * 10
     pairs = [OBJECTIVES[name](text, rng) for _ in range(4000)]
     drawn = Counter(mask for pair in pairs for mask in {MASK, SMASK, GMASK} & set(pair.source))
     assert set(drawn) == set(shares) and drawn.total() == 4000
     for mask, share in shares.items():
         assert abs(drawn[mask] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000)
+    lengths = {len(pair.target) - 2 for pair in pairs if GMASK in pair.source}
+    assert (min(lengths), max(lengths)) == (shortest, 40)
 
 
 # ---- UL2 ---------------------------------------------------------------------------------------------------

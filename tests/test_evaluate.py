@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
+from conftest import random_tokens
 from labeller import TIE
+from test_preferences import logprob_alone
 
 
 def test_best_of_n_is_the_sample_that_the_reward_likes_best(monkeypatch):
@@ -34,6 +37,30 @@ def test_the_kl_of_the_best_is_that_of_many_different_samples(n):
         return float((best * np.log(best * m)).sum())
     few, many = kl_of(10), kl_of(60)
     assert few <= many <= evaluate.kl_of_best(n) + 1e-12 and many == pytest.approx(evaluate.kl_of_best(n), abs=0.03)
+
+
+@pytest.fixture
+def study(random_model, tokenizer) -> SimpleNamespace:
+    """Three prompts with human answers, and SFT."""
+    human = [random_tokens(n) + [tokenizer.end] for n in (2, 5, 3)]
+    return SimpleNamespace(prompts=[random_tokens(n) for n in (3, 1, 4)], human=human, tokenizer=tokenizer,
+                           reference=random_model("causal"), reward=None, device=torch.device("cpu"))
+
+
+def test_the_loss_is_that_of_the_whole_vocabulary(study):
+    """As in training: the tokens that are never drawn have their share of the probability."""
+    nats = -sum(logprob_alone(study.reference, prompt, answer, study.tokenizer)
+                for prompt, answer in zip(study.prompts, study.human))
+    assert evaluate.loss_of(study, study.reference)["loss"] == pytest.approx(nats / (3 + 6 + 4), rel=1e-5)
+
+
+def test_sft_at_a_lower_temperature_is_at_a_distance_from_itself(study):
+    """The distance is that to SFT at temperature 1."""
+    sft, answers = study.reference, study.human
+    cool, warm = (evaluate.logprobs_of(study, sft, answers, temperature=temperature) for temperature in (0.5, 1.0))
+    expected = float((cool - warm).mean())
+    assert abs(expected) > 0.1
+    assert evaluate.distance_of(study, sft, answers, 0.5)["kl"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_distinct_overlap_and_win_rate_equal_the_loops():

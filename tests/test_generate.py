@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+import common
 import masks
 from conftest import STRUCTURES, random_tokens
 from data import Example, lay_out
-from generate import Decoding, beam_search, generate, likeliest, next_tokens
+from errors import UserError
+from generate import Decoding, answers_to_show, beam_search, generate, generate_many, likeliest, next_tokens
 from shapes import check_shapes
 
 PROMPT_LENGTHS = (5, 0, 1, 9, 3)
@@ -37,11 +39,13 @@ def uncached_greedy(network, prompt, tokenizer, max_new: int) -> list[int]:
     return answer
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("kv_heads, positions", [(1, "rope"), (2, "rope"), (2, "alibi"), (2, "relative")])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_greedy_with_cache_equals_greedy_without(structure, kv_heads, random_model, tokenizer):
-    """Token by token, for prompts of unequal length in one batch, one of them empty."""
-    network = random_model(structure, layers=2, kv_heads=kv_heads)
+def test_greedy_with_cache_equals_greedy_without(structure, kv_heads, positions, random_model, tokenizer):
+    """Token by token, for prompts of unequal length in one batch, one of them empty; heads that share keys keep
+    biases of their own.
+    """
+    network = random_model(structure, layers=2, kv_heads=kv_heads, positions=positions)
     prompts = [random_tokens(n) for n in PROMPT_LENGTHS]
     answers = generate(network, prompts, tokenizer, max_new=10, temperature=0)
     assert answers == [uncached_greedy(network, prompt, tokenizer, 10) for prompt in prompts]
@@ -100,6 +104,14 @@ def test_the_end_token_stops(structure, random_model, tokenizer):
     assert len(stopped[0]) < 8
 
 
+def test_the_last_token_needs_no_position(random_model, tokenizer):
+    """It is not read: <bos>, two tokens of a prompt and three of four that are drawn take six positions."""
+    enough, too_few = (random_model("causal", positions="learned", max_positions=most) for most in (6, 5))
+    assert len(generate(enough, [[65, 66]], tokenizer, 4, temperature=0)[0]) == 4
+    with pytest.raises(UserError, match="has 5 positions; a prompt of 3 tokens and an answer of 4 need 6"):
+        generate(too_few, [[65, 66]], tokenizer, 4)
+
+
 def best_by_beams(network, prompt, tokenizer, tokens: list[int], max_new: int, beams: int, power: float):
     """The definition, one hypothesis at a time: (score, answer) of the best; no cache, no batch."""
     kept = [(0.0, 0.0, [])]                                             # score, log p, tokens
@@ -143,6 +155,15 @@ def test_only_the_end_among_special_tokens_is_drawn(random_model, tokenizer):
     assert tokenizer.end in drawn and len(drawn) > 0.95 * (tokenizer.vocab - len(forbidden(tokenizer)))
 
 
+def test_what_pads_a_vocabulary_is_never_drawn(random_model, tokenizer):
+    """Not where special tokens are wanted either."""
+    fewer = copy.copy(tokenizer)
+    fewer.vocab = tokenizer.vocab - 5
+    answers = generate(random_model("causal"), [[]] * 100, fewer, 20, temperature=1e4, specials=True)
+    special = {token for answer in answers for token in answer} - set(tokenizer.text)
+    assert len(special) > 5 and max(special) < fewer.vocab
+
+
 def test_the_generator_decides_the_draws(random_model, tokenizer):
     """The same seed gives the same answers whatever torch's global generator holds; another seed others."""
     network, prompts = random_model("prefix"), [random_tokens(n) for n in PROMPT_LENGTHS]
@@ -152,6 +173,20 @@ def test_the_generator_decides_the_draws(random_model, tokenizer):
     first = draw(1)
     torch.rand(3)
     assert draw(1) == first != draw(2)
+
+
+def test_the_seed_decides_the_draws_of_many_prompts(random_model, tokenizer):
+    """256 are drawn at a time; the next ones are drawn differently."""
+    network, run = random_model("causal"), common.Run(None, torch.device("cpu"), torch.float32)
+    first, again, other = (generate_many(run, network, [[65]] * 512, tokenizer, 4, 1.0, seed)
+                           for seed in (1, 1, 2))
+    assert first == again != other and first[:256] != first[256:]
+
+
+def test_the_seed_decides_what_is_shown(random_model, tokenizer):
+    network, examples = random_model("causal"), [Example([65], [[66]])]
+    first, again, other = (answers_to_show(network, examples, tokenizer, seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 # ---- one draw ----------------------------------------------------------------------------------------------

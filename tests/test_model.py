@@ -331,13 +331,17 @@ def test_outputs_are_given_where_asked(structure, scalar, batch_of, random_model
 @pytest.mark.parametrize("structure, stacks, crossed", [("causal", 1, 0), ("prefix", 1, 0), ("encdec", 2, 1)])
 @pytest.mark.parametrize("heads, kv_heads, width, ffn", [(4, 2, 32, 96), (4, 4, 48, 128), (2, 1, 16, 64)])
 def test_parameter_count(structure, stacks, crossed, heads, kv_heads, width, ffn):
-    """Embeddings, and per layer attention, feed-forward (8/3 of the width, up to 32s) and norms, by hand."""
+    """Embeddings, and per layer attention, feed-forward (8/3 of the width, up to 32s) and norms, by hand; a
+    scalar model has a vector and its bias in place of the unembedding.
+    """
     V, L, D = 70, 3, width
     attention = D * (D + 2 * kv_heads * D // heads) + D * D
     stack = L * (attention + D + 3 * D * ffn + D) + D
     config = ModelConfig(structure, V, L, heads, kv_heads, width)
     expected = 2 * V * D + stacks * stack + crossed * L * (attention + D)
-    assert networks.parameter_count(networks.build(config)) == expected
+    network = networks.build(config)
+    assert networks.parameter_count(network) == expected
+    assert networks.parameter_count(networks.ScalarModel(network)) == expected - V * D + D + 1
 
 
 @pytest.mark.parametrize("wrong", [

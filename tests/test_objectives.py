@@ -359,6 +359,8 @@ def test_explained_variance_equals_its_formula():
     constant = torch.full_like(returns, 3.0)
     assert objectives.explained_variance(constant, returns).item() == pytest.approx(0, abs=1e-12)
     assert objectives.explained_variance(-returns, returns).item() == pytest.approx(-3, abs=1e-12)
+    alike = 1 + torch.tensor([0.0, 1.2e-7] * 20)                                # but for the rounding of fp32
+    assert objectives.explained_variance(torch.randn(40), alike).item() == 0
 
 
 def test_shapes_are_what_names_say():

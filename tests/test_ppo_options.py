@@ -287,6 +287,15 @@ def test_an_update_holds_the_gradients_of_ppo_and_of_ptx(random_model, tokenizer
     assert model.policy.embedding.weight.grad.abs().max() > 1e-4
 
 
+def test_updates_are_numbered_through_the_run(monkeypatch):
+    """By their number they choose the pairs that are mixed in."""
+    numbers = []
+    monkeypatch.setattr(train_ppo, "update", lambda *arguments: (
+        numbers.append(arguments[6:]), {"off": 0.0, "ratio": 1.0, "approx_kl": 0.0})[1])
+    train_ppo.learn(train_ppo.Config(epochs=2), RUN, None, None, None, [[], []], step=3)
+    assert numbers == [(number, 3) for number in (12, 13, 14, 15)]
+
+
 def test_beta_follows_the_kl_from_iteration_to_iteration(random_model, tokenizer, monkeypatch):
     """With a target: the rewards of an iteration have the beta that the one before has left."""
     charged, estimate = [], train_ppo.estimate_advantages
@@ -334,7 +343,27 @@ def test_the_log_describes_the_answers(random_model, tokenizer):
     assert abs(expected["kl"]) > 0.01 and {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_logged_ratio_is_that_of_the_first_update(monkeypatch):
+    """Where it must be 1; the other figures are means over all updates."""
+    ratios = iter([1.0, 1.5, 2.0])
+    monkeypatch.setattr(train_ppo, "update", lambda *_: {"off": 0.0, "ratio": next(ratios), "approx_kl": 0.0})
+    assert train_ppo.learn(train_ppo.Config(epochs=3), RUN, None, None, None, [[]], step=0)["ratio"] == 1.0
+
+
 # ---- brakes and warnings -----------------------------------------------------------------------------------
+
+def test_the_gradient_of_each_network_is_clipped(random_model, tokenizer):
+    """Policy and value model have a norm each, and not one together."""
+    config = train_ppo.Config(row=16, ptx=0.0, clip=1e-3)
+    model, (rollout, _) = rollouts_of(config, random_model, tokenizer)
+    train_ppo.estimate_advantages(config, RUN, [rollout], config.beta)
+    model.policy.requires_grad_()
+    idle = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    train_ppo.update(config, RUN, loaded_with(tokenizer), model, idle, [rollout], 0)
+    for network in (model.policy, model.value):
+        norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+        assert float(torch.stack(norms).norm()) == pytest.approx(1e-3, rel=1e-2)
+
 
 def test_epochs_end_when_the_policy_has_moved_far_enough(random_model, tokenizer, monkeypatch):
     """kl_stop: the first step beyond it is not taken, and is the last of the iteration."""

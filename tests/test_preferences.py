@@ -67,20 +67,20 @@ def test_mistakes_belong_to_the_pair_and_the_seed():
 
 def test_answers_to_other_prompts_are_ranked_too(tokenizer, monkeypatch):
     """mismatched=2: each prompt's own answer, its samples, then the human answers of the two that follow it,
-    all in the labeller's order; none of them is the prompt's own.
+    no longer than a sample may be, all in the labeller's order; none of them is the prompt's own.
     """
     monkeypatch.setattr(labeller, "generate_many", lambda run, model, prompts, tokenizer, *_:
                         [tokenizer.encode(f"sample {k}") for k in range(len(prompts))])
     records = [corpus.Record(f"f{k}", prompt=f"def read_{noun}():\n", response=f"Read the {noun}.")
                for k, noun in enumerate(("mask", "token", "row", "page"))]
-    config, run = train_rm.Config(answers=3, mismatched=2, max_new=16), common.Run(None, torch.device("cpu"), torch.float32)
+    config, run = train_rm.Config(answers=3, mismatched=2, max_new=4), common.Run(None, torch.device("cpu"), torch.float32)
     judge = SimpleNamespace(gold=lambda prompt, answer: float(len(answer)))
     found = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=True)
     human = [example.targets[0] for example in found]
     for i, example in enumerate(found):
         texts = [tokenizer.decode(answer) for answer in example.targets]
         assert texts[1:3] == [f"sample {2 * i}", f"sample {2 * i + 1}"]
-        assert example.targets[3:] == [human[(i + 1) % 4][:16], human[(i + 2) % 4][:16]]
+        assert example.targets[3:] == [human[(i + 1) % 4][:4], human[(i + 2) % 4][:4]] and len(human[i]) > 4
         assert example.ranking == tuple(map(float, map(len, texts)))
     held_out = labeller.collect_rankings(config, run, tokenizer, records, [None], judge, training=False)
     assert all(len(example.targets) == 3 for example in held_out)
@@ -102,13 +102,14 @@ def test_samplers_share_the_samples(tokenizer, monkeypatch):
 
 
 def test_an_answer_is_not_compared_with_itself(tokenizer, capsys):
-    """It is left out and counted; the labeller knows what it cannot judge."""
+    """It is left out and counted; the labeller judges where at least half of the prompts are functions'."""
     records = [corpus.Record(f"f{k}", prompt="Is it?", chosen="Yes.", rejected=rejected)
                for k, rejected in enumerate(("Yes.", "No.", "No!"))]
     run = common.Run(None, torch.device("cpu"), torch.float32)
     found = labeller.collect_rankings(train_rm.Config(), run, tokenizer, records, [None], None, training=True)
     assert len(found) == 2 and "1 comparisons of an answer with itself are left out" in capsys.readouterr().out
-    assert not labeller.can_judge(records) and labeller.can_judge([corpus.Record("f", prompt="def f():\n")])
+    function, other = corpus.Record("f", prompt="def f():\n"), records[0]
+    assert labeller.can_judge([function, other]) and not labeller.can_judge([function, other, other])
 
 
 def test_only_the_prompt_needs_room_for_samples(tokenizer, monkeypatch, capsys):
@@ -273,6 +274,16 @@ def test_the_rewards_zero_is_the_human_answer(human, random_model, tokenizer, tm
     assert np.corrcoef(sum(before, []), sum(after, []))[0, 1] == pytest.approx(1) and abs(np.mean(before)) > 1e-3
 
 
+def test_human_answers_are_found_among_many(random_model, tokenizer):
+    """500 prompts are read, and those with a human answer first, wherever they stand."""
+    model = networks.ScalarModel(random_model("causal")).requires_grad_(False)
+    run = common.Run(None, torch.device("cpu"), torch.float32)
+    human = [example._replace(human=True) for example in ranked_examples(3, K=2)]
+    loaded = SimpleNamespace(train=ranked_examples(500, K=2) + human, tokenizer=tokenizer)
+    train_rm.normalise(train_rm.Config(), run, loaded, model)
+    assert np.mean([scores_of(model, example, tokenizer)[0] for example in human]) == pytest.approx(0, abs=1e-5)
+
+
 # ---- DPO: log-probabilities of whole answers ---------------------------------------------------------------
 
 @torch.no_grad()
@@ -335,6 +346,20 @@ def test_dpo_begins_at_the_reference(random_model, tokenizer, tmp_path):
     step = train_dpo.train_step(train_dpo.Config(batch_size=1), run, loaded, policy,
                                 torch.optim.SGD(policy.parameters(), lr=0.01), 0)
     assert step["train_loss"] == pytest.approx(np.log(2), abs=1e-7) and step["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("stage", [train_rm, train_dpo])
+def test_a_step_is_clipped_and_leaves_no_gradient(stage, random_model, tokenizer):
+    """The gradient's norm is `clip` at most: with plain SGD at a rate of 1 the weights move as far."""
+    policy, run = random_model("causal"), common.Run(None, torch.device("cpu"), torch.float32)
+    model = (networks.ScalarModel(policy) if stage is train_rm else policy).requires_grad_()
+    loaded = SimpleNamespace(train=uneven_examples(), reference=random_model("causal"), tokenizer=tokenizer)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stage.train_step(stage.Config(batch_size=5, clip=1e-2), run, loaded, model, optimizer, 0)
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert float(moved.norm()) == pytest.approx(1e-2, rel=1e-2)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_means_over_pairs_equal_the_loop():

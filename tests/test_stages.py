@@ -372,6 +372,16 @@ def test_a_report_of_runs_whose_logs_say_little(flow, package, tmp_path):
         assert "bits_per_byte" not in report["base"] and ("pretrain" in report["seconds"]) == bool(line)
 
 
+@one_structure
+def test_a_report_on_other_text_says_what_gold_is_not(flow, tmp_path, capsys):
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(flow[0] / stage, tmp_path / "runs" / stage)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "Say {n}.", "response": "It is {n}."}}\n' for n in range(40)))
+    evaluate.main(evaluate.Config(runs=str(tmp_path / "runs"), data=str(pairs), prompts=2, max_new=4, device="cpu"))
+    assert labeller.NO_GOLD in capsys.readouterr().out
+
+
 def test_the_report_covers_all_rows(flow, package):
     """evaluate.py writes its three files, and each row has its figures."""
     runs, _, _ = flow
@@ -488,6 +498,23 @@ def test_a_log_may_begin_with_an_evaluation_alone(flow, no_curves, tmp_path):
     assert first["step"] == 2 and "eval_gold" in first and "reward" not in first
 
 
+def test_a_line_is_the_mean_of_its_interval(tmp_path):
+    log = common.Log(common.Run(tmp_path, torch.device("cpu"), torch.float32), 0)
+    for step, losses in ((3, (1.0, 2.0, 6.0)), (4, (5.0,))):
+        for loss in losses:
+            log.add({"train_loss": loss})
+        log.line(step)
+    assert [row["train_loss"] for row in common.read_log(tmp_path / "metrics.jsonl")] == [3.0, 5.0]
+
+
+def test_a_resumed_run_counts_the_seconds_before(tmp_path):
+    """Those up to its checkpoint: what came after it is done again."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "seconds": 50.0}\n{"step": 4, "seconds": 90.0}\n')
+    run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    common.Log(run, 2)
+    assert 50 <= run.seconds() < 90
+
+
 @one_structure
 def test_a_save_keeps_itself_and_not_what_was_damaged(flow, tmp_path):
     """A later checkpoint that could not be read is none of those to keep."""
@@ -498,6 +525,16 @@ def test_a_save_keeps_itself_and_not_what_was_damaged(flow, tmp_path):
     run = common.Run(copy, torch.device("cpu"), torch.float32)
     checkpoint.save(run, 3, dataclasses.replace(config, keep=1), model.config, model=model)
     assert checkpoint.steps_of(copy) == [3]
+
+
+def test_a_model_is_loaded_as_it_was_at_a_step(random_model, tmp_path):
+    run = common.Run(tmp_path, torch.device("cpu"), torch.float32)
+    models = [random_model("causal") for _ in range(2)]
+    for step, model in enumerate(models, start=1):
+        checkpoint.save(run, step, train_sft.Config(), model.config, model=model)
+    for step, model in ((1, models[0]), (2, models[1]), (None, models[1])):
+        loaded = checkpoint.load_model(str(tmp_path), step=step)
+        assert torch.equal(loaded.embedding.weight, model.embedding.weight)
 
 
 @one_structure
@@ -655,6 +692,29 @@ def test_generate_answers_from_a_run(flow, capsys):
         generate.main(dataclasses.replace(asked, samples=3))
 
 
+@one_structure
+def test_temperature_top_k_and_top_p_reach_the_draw(flow, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "next_tokens", lambda logits_BV, *settings: (
+        seen.append(settings[:3]), logits_BV.argmax(-1))[1])
+    generate.main(generate.Config(run=str(flow[0] / "sft"), prompt="a", max_new=1, temperature=0.7, top_k=3,
+                                  top_p=0.9, device="cpu"))
+    assert seen == [(0.7, 3, 0.9)]
+
+
+@one_structure
+def test_a_prompt_longer_than_any_in_training_is_noted(flow, tmp_path, capsys):
+    """Counted with what stands around it."""
+    folder = shutil.copytree(flow[0] / "sft", tmp_path / "sft")
+    settings = json.loads((folder / "config.json").read_text())
+    tokenizer = checkpoint.load_tokenizer(str(folder), "sft")
+    n = len(tokenizer.encode("a b c")) + tokenizer.around
+    for context, noted in ((n, False), (n - 1, True)):
+        (folder / "config.json").write_text(json.dumps(settings | {"context": context}))
+        generate.main(generate.Config(run=str(folder), prompt="a b c", max_new=1, device="cpu"))
+        assert (f"{n} tokens are more than {folder} has ever read, {n - 1}" in capsys.readouterr().err) == noted
+
+
 # ---- families --------------------------------------------------------------------------------------------
 
 OWN_OBJECTIVE = {"gpt2": "next_token", "llama2-70b": "next_token", "baichuan-13b": "next_token",
@@ -781,6 +841,13 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
         hardware.choose_ranks(module.Config(device="cpu", ranks=3))
 
 
+def test_a_run_that_begins_anew_asks_no_earlier_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"ranks": 3}')
+    found = [hardware.recorded(train_sft.Config(out=str(tmp_path), resume=resume))
+             for resume in ("auto", "must", "never")]
+    assert found == [{"ranks": 3}, {"ranks": 3}, {}]
+
+
 def test_threads_are_those_of_this_machine(monkeypatch):
     """Under torchrun on two machines the ranks of one share its cores, not those of all."""
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -788,6 +855,14 @@ def test_threads_are_those_of_this_machine(monkeypatch):
     for local, threads in ((None, 2), ("4", 4)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         assert hardware.choose_threads(torch.device("cpu"), 8, before=99) == threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("seconds_of_one, threads", [(0.97, 4), (0.9, 1)])
+def test_threads_that_are_nearly_as_fast_stay(seconds_of_one, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(hardware, "cores", lambda: 4)
+    a_layer_takes(monkeypatch, lambda dtype, device, n: seconds_of_one if n == 1 else 1.0)
+    assert hardware.choose_threads(torch.device("cpu"), 1) == threads
 
 
 def test_one_disturbed_timing_decides_nothing(monkeypatch):
@@ -1042,15 +1117,20 @@ def test_prompts_without_room_are_dropped_or_refused(monkeypatch, capsys, tmp_pa
 
 @one_structure
 def test_another_configuration_does_not_touch_a_run(monkeypatch, capsys, flow):
-    """A folder that holds a run with other settings is refused, and what differs is named."""
+    """A folder that holds a run with other settings, of those that decide the weights, is refused, and what
+    differs is named.
+    """
     _, stages, _ = flow
     config = stages[1][1]
     before = sorted(path.name for path in Path(config.out).iterdir())
     error = fails(monkeypatch, capsys, train_sft, "--data", config.data, "--init", config.init,
                   "--out", config.out, "--lr", "0.5")
     assert f"{config.out} holds a run with other settings (" in error and "lr " in error
-    smaller = dataclasses.replace(config, micro_batch_size=1)                    # what a full GPU is told to try
-    assert checkpoint.open_folder(Path(config.out), smaller)["step"] == 4
+    for name, value in (("seed", 9), ("lr", 9.0), ("batch_size", 9), ("context", 99), ("warmup", 9)):
+        with pytest.raises(UserError, match=rf"other settings \({name} \S+ -> {value}\)"):
+            checkpoint.open_folder(Path(config.out), dataclasses.replace(config, **{name: value}))
+    for free in ({"steps": config.steps + 1}, {"micro_batch_size": 1}):          # what a full GPU is told to try
+        assert checkpoint.open_folder(Path(config.out), dataclasses.replace(config, **free))["step"] == 4
     assert sorted(path.name for path in Path(config.out).iterdir()) == before
 
 
