@@ -57,7 +57,7 @@ def train_step(config: Config, model, run: common.Run, tokenizer: Tokenizer) -> 
     tokens = torch.randint(256, (config.batch_size, config.context - 1)).tolist()
     examples = [data.Example(row[:config.source], [row[config.source:]]) for row in tokens]
     structure = model.config.structure
-    batch = data.lay_out(examples, structure, config.context, tokenizer).to(run.device)
+    batch = data.lay_out(examples, structure, 1, tokenizer).to(run.device)            # one to a row
 
     def step() -> None:
         with run.autocast():
@@ -84,10 +84,12 @@ def generation(config: Config, model, run: common.Run, tokenizer: Tokenizer) -> 
 def busy_seconds() -> float | None:
     """CPU seconds that all other processes have used (Linux)."""
     try:
+        mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         with open("/proc/stat") as file:
-            ticks = list(map(int, file.readline().split()[1:9]))
-    except OSError:
+            rows = [line.split()[1:9] for line in file if line.split()[0] in mine]
+    except (AttributeError, OSError):
         return None
+    ticks = [sum(map(int, column)) for column in zip(*rows)]
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 

@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -64,29 +65,33 @@ def started_from(config) -> dict[str, str]:
         found[reward] = f"file {hashlib.sha256(own.read_bytes()).hexdigest()[:8]}"
     for folder in (getattr(config, "init", ""), reward, *samplers):
         settings = Path(folder) / "config.json"
-        if folder and (steps := steps_of(Path(folder))):
+        if folder and (steps := steps_of(folder)):
             content = settings.read_bytes() if settings.exists() else b""
             found[folder] = f"step {steps[-1]} of run {hashlib.sha256(content).hexdigest()[:8]}"
     return found
 
 
-def steps_of(folder: Path) -> list[int]:
+def steps_of(folder: str | Path) -> list[int]:
     """The steps of the checkpoints in a run folder, oldest first."""
     paths = Path(folder).glob("checkpoint-*.pt")
     names = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in paths)
     return sorted(int(name.group(1)) for name in names if name)
 
 
-def latest(folder: Path, step: int | None = None) -> dict | None:
+def latest(folder: str | Path, step: int | None = None) -> dict | None:
     """The newest checkpoint that can be read, or that of `step`; None where there is none. A damaged file is
-    said and passed over.
+    reported and passed over.
     """
     steps = steps_of(folder) if step is None else [step]
     for step in reversed(steps):
         path = Path(folder) / f"checkpoint-{step:07d}.pt"
         try:
+            with zipfile.ZipFile(path) as archive:             # torch.load compares no checksums
+                if damaged := archive.testzip():
+                    raise OSError(f"{damaged} has changed since it was written")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile,
+                pickle.UnpicklingError) as error:
             reason = next(iter(str(error).splitlines()), "")
             if not reason or not isinstance(error, (RuntimeError, EOFError, OSError)):
                 reason = "it is no checkpoint"             # of which torch says how to load it unchecked
@@ -101,7 +106,7 @@ def load_model(folder: str, context: int = 0, structure: str = "",
     it will have to read. structure: what to make of a decoder, causal or prefix, which are the same network;
     left empty: what it is.
     """
-    state = latest(Path(folder), step)
+    state = latest(folder, step)
     if state is None:
         raise UserError(f"{folder} holds no checkpoint that can be read; train it first")
     try:
@@ -142,7 +147,9 @@ def load_samplers(config, run: Run, tokenizer: Tokenizer) -> list[LanguageModel]
 
 
 def stage_of(folder: str, otherwise: str) -> str:
-    """The stage of models that write which the folder is named after, as the default ones are."""
+    """The stage that the folder is named after, as the default ones are; `otherwise` where it is none that
+    writes.
+    """
     name = Path(folder).name
     return name if name in ("pretrain", "sft", "dpo", "ppo") else otherwise
 
@@ -168,8 +175,8 @@ def command_for(stage: str, folder: str, tiny: bool = False) -> str:
 
 
 def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:
-    """The tokenizer of a finished stage; one that was stopped is told."""
-    if not steps_of(Path(folder)):
+    """The tokenizer of a stage, with a note where the stage was stopped before its end."""
+    if not steps_of(folder):
         raise UserError(f"{folder} holds no checkpoint; first run: {command_for(stage, folder, tiny)}")
     if (stopped := stopped_at(folder)) and speaks():
         print(f"note: {folder} was stopped at {stopped}; to finish it: {command_for(stage, folder, tiny)}",
@@ -183,7 +190,7 @@ def load_tokenizer(folder: str, stage: str, tiny: bool = False) -> Tokenizer:
 def stopped_at(folder: str) -> str:
     """"step n of N" of a run that is not finished."""
     wanted = read_json(Path(folder) / "config.json", absent={}).get("steps", 0)
-    steps = steps_of(Path(folder))
+    steps = steps_of(folder)
     return f"step {steps[-1]} of {wanted}" if steps and steps[-1] < wanted else ""
 
 

@@ -43,8 +43,8 @@ class Run:
         return "bf16" if self.in_bf16(sampling) else "fp32"
 
     def in_bf16(self, sampling: bool = False) -> bool:
-        """Sampling on a CPU never is: the cache has another length at every token, and model.few_sizes says
-        what that costs.
+        """Whether products are taken in bf16. Sampling on a CPU never takes them so: the cache has another
+        length at every token, and model.few_sizes says what that costs.
         """
         return self.dtype != torch.float32 and not (sampling and self.device.type == "cpu")
 
@@ -99,11 +99,11 @@ class Run:
         return parts
 
     def finished_before(self, state: dict | None, steps: int) -> dict[str, float] | None:
-        """The last line of the log, where nothing is left to do: the checkpoint is the run's last, and that
-        line was written after it.
+        """The last line of the log, where nothing is left to do: the checkpoint is the run's last, that line
+        was written after it, and samples after that.
         """
         rows = read_log(self.folder / "metrics.jsonl") if state and state["step"] >= steps else []
-        if not rows or rows[-1]["step"] < state["step"]:
+        if not rows or rows[-1]["step"] < state["step"] or not (self.folder / "samples.txt").exists():
             return None
         self.print(f"{self.folder} is finished already; --overwrite trains it anew, more --steps go on")
         return rows[-1]
@@ -153,7 +153,7 @@ def command_of(config) -> str:
 
 
 def first_question(folder: str, data: str) -> str:
-    """The command that asks a finished run something; one of own data, something of one's own."""
+    """The command that asks a finished run a first question; for own data the reader fills it in."""
     prompt = "..." if data else "def area(width, height):"
     return f'python generate.py --run {shlex.quote(folder)} --prompt "{prompt}"'
 
@@ -186,7 +186,8 @@ def set_up(config) -> Run:
         dist.init_process_group("nccl" if own else "gloo", device_id=own)
     run = Run(Path(config.out), device, torch.float32, rank, world)
     before = hardware.recorded(config)
-    threads = hardware.choose_threads(device, world, before.get("threads", 0))
+    threads = min(run.gather(hardware.choose_threads(device, world, before.get("threads", 0))))
+    torch.set_num_threads(threads)                  # what was measured may differ between the ranks
     run.dtype, why = run.agreed(hardware.choose_dtype(config.dtype, device, before.get("dtype_used", "")))
     torch.manual_seed(config.seed)                  # after the timing above, which draws numbers of its own
     run.print(f"{hardware.processor_name(device)}, torch {torch.__version__}, {world} rank(s) x {threads} "

@@ -224,7 +224,8 @@ def digest(path: str) -> str:
     found = hashlib.sha256()
     for place in places_of(path):
         for file, _ in python_files(Path(place), ""):
-            found.update(Path(file).read_bytes())
+            if os.path.exists(file):                                    # no dead link
+                found.update(Path(file).name.encode() + Path(file).read_bytes())
     return found.hexdigest()[:8]
 
 
@@ -236,7 +237,8 @@ def load_place(path: str) -> list[Record]:
     if place.is_dir() or place.suffix == ".py":
         if records := scan(python_files(place, place.stem)):
             return records
-        raise UserError(f"{path}: it holds no docstrings" + ", no .jsonl and no text" * place.is_dir())
+        hint = " and no .jsonl; its texts are read where it has no .py file" * place.is_dir()
+        raise UserError(f"{path}: it holds no docstrings{hint}")
     if place.suffix not in (".jsonl", *TEXTS):
         raise UserError(f"{path}: it must be .jsonl, .py or text ({', '.join(filter(None, TEXTS))})")
     content = read_file(path)
@@ -359,10 +361,10 @@ def pairs_of_dialogue(messages) -> list[dict[str, str]]:
     return pairs
 
 
-def asked_dialogue(prompt: list, completion: list | None) -> dict[str, str]:
-    """What was said as a list of messages, as TRL has it; the reply as another, as a text, or not there."""
-    written = isinstance(completion, list) and completion
-    replies = written or [{"role": "assistant", "content": completion or ""}]
+def asked_dialogue(prompt: list, completion: list | str | None) -> dict[str, str]:
+    """A prompt that is a list of messages, as TRL has it; the reply is a second list, a text, or missing."""
+    reply = completion or ""
+    replies = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
     pair = pairs_of_dialogue(prompt + replies)[-1]
     return {name: text for name, text in pair.items() if text}
 

@@ -86,7 +86,8 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
     wanted = (sizes.sum(0) / row_length).max()
     fewest = math.ceil(2 * wanted / (5 if sizes.shape[1] == 2 else 3))
     tries = {min(len(sizes), n) for n in range(fewest, int(5 * wanted / 4) + 2)}
-    return min((_spread(sizes, n) for n in sorted(tries)), key=lambda rows: len(rows) * sum(
+    full = bool((sizes == sizes[0]).all())               # as pieces of long texts are: the shorter rows, then
+    return min((_spread(sizes, n) for n in sorted(tries, reverse=full)), key=lambda rows: len(rows) * sum(
         few_sizes(int(n)) for n in np.max([sizes[row].sum(0) for row in rows], axis=0)))
 
 
@@ -389,7 +390,7 @@ def token_rows(run: common.Run, tokenizer: Tokenizer, records: list[Record], nam
     """The named fields of every record as an example: the prompt, and the answers with their end token.
 
     Records whose prompt and longest answer do not fit into `context` tokens, with what stands around them,
-    are dropped, and said.
+    are dropped, with a note.
     """
     columns = [tokenizer.encode_all([getattr(record, name) for record in records]) for name in names]
     rows = [Example(prompt, [answer + [tokenizer.end] for answer in answers], origin=record.origin)

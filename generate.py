@@ -124,7 +124,8 @@ class Decoding:
             at, T = self.cache.length, tokens_BT.shape[1]
             in_answer = (self.slots[at:at + T] - self.first_of_target + 1).clamp(min=0).expand_as(positions)
             positions = torch.stack((positions - in_answer, in_answer))
-        hidden_BTD = self.model.decode(tokens_BT, positions, mask, self.memory, self.cross, self.cache)
+        cross = (self.memory, self.cross) if self.structure == "encdec" else ()
+        hidden_BTD = self.model.decode(tokens_BT, positions, mask, *cross, cache=self.cache)
         return self.model.logits(hidden_BTD[:, -1])
 
 

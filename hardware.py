@@ -90,8 +90,9 @@ def cores() -> int:
 
 def recorded(config) -> dict:
     """What a run that this one goes on with has written into its config.json; empty where there is none."""
-    goes_on = not config.overwrite and config.resume != "never"
-    return read_json(Path(config.out) / "config.json", absent={}) if goes_on else {}
+    folder, anew = Path(config.out), config.overwrite or config.resume == "never"
+    goes_on = not anew and any(folder.glob("checkpoint-*.pt"))
+    return read_json(folder / "config.json", absent={}) if goes_on else {}
 
 
 def choose_ranks(config) -> int:

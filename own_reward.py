@@ -49,7 +49,7 @@ def load_function(name: str) -> Callable[[str, str], float]:
 
 
 class RewardFunction(torch.nn.Module):
-    """The function, with the errors that it can make as sentences."""
+    """The function as a module. What goes wrong in it is reported as a sentence."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, run: common.Run):
         super().__init__()

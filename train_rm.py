@@ -160,7 +160,8 @@ def normalise(config: Config, run: common.Run, loaded: Data, model) -> None:
         batch = data.lay_out([example], structure, config.row, loaded.tokenizer).to(run.device)
         scores.append(model(batch, masks.of_batch(structure, batch), batch.last))
         human += [scores[-1][0]] * example.human
-    model.mean += torch.stack(human or list(torch.cat(scores))).mean() * model.std
+    centred = torch.stack(human) if human else torch.cat(scores)
+    model.mean += centred.mean() * model.std
     model.std *= torch.cat(scores).std().clamp(min=1e-6)
 
 

@@ -191,6 +191,20 @@ def test_a_dialogue_is_named_after_its_first_question(tmp_path):
     assert records[0].name == records[1].name != records[2].name == records[3].name
 
 
+def test_a_digest_knows_names_and_contents_of_files(tmp_path):
+    """A renamed file has other names held out. A dead link, as an editor leaves one, is passed over."""
+    (tmp_path / "a.txt").write_text("One.")
+    before = corpus.digest(str(tmp_path))
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    renamed = corpus.digest(str(tmp_path))
+    (tmp_path / "b.txt").write_text("Two.")
+    assert len({before, renamed, corpus.digest(str(tmp_path))}) == 3
+    (tmp_path / "f.py").write_text('"""Three."""')
+    sources = corpus.digest(str(tmp_path))
+    (tmp_path / "g.py").symlink_to(tmp_path / "absent.py")
+    assert corpus.digest(str(tmp_path)) == sources
+
+
 def test_a_folder_is_its_jsonl_or_its_sources_or_its_texts(tmp_path):
     for name, content, texts in (("b.md", "Two.", ["Two."]), ("a.txt", "One.", ["One.", "Two."]),
                                  ("c.py", '"""Three."""', ["module f.c\nThree."]), ("d.jsonl", '{"text": "Four."}', ["Four."])):
@@ -429,6 +443,12 @@ def test_rows_are_about_as_long_as_asked_for():
         rows = data.balanced_rows(sizes, 60)
         assert sorted(i for row in rows for i in row) == list(range(n))
         assert max(sum(sizes[i][0] for i in row) for row in rows) <= 60 * 4 / 3 + 30
+
+
+@pytest.mark.parametrize("size", [(256,), (2, 256), (240, 40)])
+def test_full_rows_hold_one_example_each(size):
+    """Several would cost no less, and attend more."""
+    assert data.balanced_rows([size] * 16, 256) == [[i] for i in range(16)]
 
 
 @pytest.mark.parametrize("source_weight", [0.0, 0.5, 1.0])

@@ -230,7 +230,7 @@ def test_what_a_file_may_be(tmp_path):
     (tmp_path / "silent" / "f.py").write_text("def f():\n    pass\n")
     (tmp_path / "t.csv").write_text("text\nSome text.\n")
     for name, fragment in (("t.csv", "must be .jsonl, .py or text"), ("silent/f.py", "no docstrings"),
-                           ("silent", "no docstrings, no .jsonl and no text")):
+                           ("silent", "no docstrings and no .jsonl; its texts")):
         with pytest.raises(corpus.UserError, match=fragment):
             corpus.load_records(str(tmp_path / name))
 

@@ -460,6 +460,8 @@ def test_a_run_stopped_before_its_last_line_writes_it(flow, no_curves, tmp_path)
         evaluated = [name for name in line if name in ("loss", "accuracy", "eval_gold", "eval_loss")]
         assert again["step"] == config.steps and evaluated
         assert [again[name] for name in evaluated] == pytest.approx([line[name] for name in evaluated])
+        (copy / "samples.txt").unlink()                              # it was stopped after that line
+        assert main(dataclasses.replace(config, out=str(copy))) == again and (copy / "samples.txt").exists()
 
 
 @one_structure
@@ -831,6 +833,7 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
     if module is train_ppo:                   # of 64 answers, 32 to a prompt, two ranks can have equal shares
         assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), batch_size=64, samples=32)) == 2
         assert hardware.choose_ranks(module.Config(device="cpu", out=str(tmp_path), minibatch_size=4)) == 1    # a prompt's
+    (tmp_path / "checkpoint-0000001.pt").touch()
     for before, ranks in ((1, 1), (7, expected)):         # 7 do not share the step: that run had other settings
         (tmp_path / "config.json").write_text(f'{{"ranks": {before}}}')
         assert hardware.choose_ranks(config) == ranks
@@ -843,6 +846,8 @@ def test_ranks_are_taken_where_threads_wait_for_each_other(module, cores, expect
 
 def test_a_run_that_begins_anew_asks_no_earlier_one(tmp_path):
     (tmp_path / "config.json").write_text('{"ranks": 3}')
+    assert hardware.recorded(train_sft.Config(out=str(tmp_path))) == {}                 # stopped before it had saved
+    (tmp_path / "checkpoint-0000001.pt").touch()
     found = [hardware.recorded(train_sft.Config(out=str(tmp_path), resume=resume))
              for resume in ("auto", "must", "never")]
     assert found == [{"ranks": 3}, {"ranks": 3}, {}]
@@ -891,6 +896,9 @@ def test_a_run_goes_on_with_its_threads(flow, monkeypatch):
     chosen = [hardware.choose_threads(torch.device("cpu"), world, before) for world, before in
               ((1, 0), (2, 0), (1, 3), (1, 9), (4, 0))]
     assert chosen == [4, 2, 3, 4, 1]
+    monkeypatch.setattr(common.Run, "gather", lambda run, mine: [mine, 2])              # another rank has measured 2
+    common.set_up(train_sft.Config(out="none", dtype="fp32", device="cpu"))
+    assert torch.get_num_threads() == 2
 
 
 def script(*flags: str) -> subprocess.CompletedProcess:
@@ -1205,6 +1213,10 @@ def test_a_damaged_checkpoint_is_passed_over(flow, tmp_path, capsys, left):
     for content in (b"hello", pickle.dumps(folder, protocol=2)):
         newest.write_bytes(content)
         assert checkpoint.latest(folder)["step"] == 2 and "cannot be read (it is no checkpoint)" in capsys.readouterr().out
+    whole = (folder / "checkpoint-0000002.pt").read_bytes()
+    at = len(whole) // 2                                                   # one bit, in the middle of some weights
+    newest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    assert checkpoint.latest(folder)["step"] == 2 and "has changed since it was written" in capsys.readouterr().out
     (folder / "checkpoint-0000002.pt").write_bytes(b"")
     config = type(stages[1][1])(**{**vars(stages[1][1]), "out": str(folder)})
     with pytest.raises(UserError, match="none of which can be read"):
