@@ -351,11 +351,13 @@ def parse(config_class, argv: list[str], description: str) -> Config:
         flags.add_argument("source", help=source)
         flags.add_argument("out", help=out)
         flags.add_argument("--overwrite", action="store_true", help="replace what the second folder holds")
-    flags.add_argument("--layout", required=True, help="llama, gpt2, t5")
+    commands.choices["export"].add_argument("--layout", required=True, help="llama, gpt2, t5")
     return config_class(**vars(parser.parse_args(argv)))
 
 
 def main(config: Config) -> None:
+    if Path(config.source).resolve() == Path(config.out).resolve():
+        raise UserError(f"{config.out} is both what is read and what is written; choose another folder")
     import_folder(config) if config.command == "import" else export_folder(config)
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -23,16 +22,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from flow import WORKERS, Flow, read_record
 
-import claims_rl                                # noqa: E402  (the line above makes these importable)
-import claims_text                              # noqa: E402
-import command_line                             # noqa: E402
-import common                                   # noqa: E402
-import corpus                                   # noqa: E402
-import hardware                                 # noqa: E402
-from errors import UserError, at_least          # noqa: E402
-from flow import WORKERS, Flow, read_record     # noqa: E402
+import claims_rl
+import claims_text
+import command_line
+import common
+import corpus
+import hardware
+from errors import UserError, at_least
 
 MEASUREMENTS = claims_text.MEASUREMENTS + claims_rl.MEASUREMENTS
 QUALITY = ("gold", "gold_greedy", "win_sft", "about", "about_greedy", "f1_greedy", "kl", "loss", "length")
@@ -106,7 +104,7 @@ def main(config: Config) -> list[dict]:
     common.apply_tiny(config)
     at_least(1, config, "seeds", "prompts", "best_of")
     names = [m.__name__ for m in MEASUREMENTS]
-    wanted = list(names) if config.all else [name for name in config.only.split(",") if name]
+    wanted = list(names) if config.all else list(dict.fromkeys(filter(None, config.only.split(","))))
     if unknown := set(wanted) - set(names):
         raise UserError(f"there is no measurement {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if config.data and "reward_model_boundary" in wanted:
@@ -117,16 +115,15 @@ def main(config: Config) -> list[dict]:
         print("\n".join(f"{m.__name__:<27}{m.__doc__.splitlines()[0]}" for m in MEASUREMENTS))
         return []
     seeds = range(1, config.seeds + 1)
-    records = [row for row in read_record(config.record) if row["claim"] in names
-               and (row["claim"] not in wanted or row["seed"] not in seeds)]
+    records = [row for row in read_record(config.record) if row["claim"] in names]
     corpus.load_records(config.data, config.tiny)       # scanned once, and not by every worker at once
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(WORKERS, context)
     try:
-        jobs = [pool.submit(measured, config, name, seed) for name in wanted for seed in seeds]
+        jobs = {pool.submit(measured, config, name, seed): (name, seed) for name in wanted for seed in seeds}
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements", disable=None):
-            records += job.result()
+            records = [row for row in records if (row["claim"], row["seed"]) != jobs[job]] + job.result()
             records.sort(key=lambda row: (names.index(row["claim"]), row["seed"]))
             text = "".join(f"{json.dumps(row)}\n" for row in records)
             common.write_atomically(Path(config.record), text.encode())

@@ -46,7 +46,7 @@ def best_answers(flow: Flow, study: evaluate.Study) -> str:
     """A .jsonl with the best of n samples to each of 4000 prompts, as the reward model sees it. (SFT on it
     holds out the same names as ever.)
     """
-    path = flow.folder / "best_of_n.jsonl"
+    path = flow.folder / f"best_of_{study.config.best_of}.jsonl"
     if not path.exists():
         records = [r for r in corpus.load_records(flow.config.data, flow.config.tiny) if r.response]
         rng = np.random.default_rng(flow.seed)
@@ -153,10 +153,9 @@ def over_optimisation(flow: Flow) -> list[dict]:
     reward_NP, gold_NP = (np.stack([measure(study, column) for column in columns])
                           for measure in (evaluate.rewards_of, evaluate.golds_of))
     for n in (2 ** k for k in range(most.bit_length())):
-        groups = [slice(i, i + n) for i in range(0, most, n)]
-        best = [reward_NP[at].argmax(0) for at in groups]
-        reward, gold = (float(np.mean([np.take_along_axis(x[at], which[None], 0)
-                                       for at, which in zip(groups, best)])) for x in (reward_NP, gold_NP))
+        rewards, golds = (x.reshape(most // n, n, -1) for x in (reward_NP, gold_NP))          # groups of n
+        best = rewards.argmax(1, keepdims=True)
+        reward, gold = (float(np.take_along_axis(x, best, 1).mean()) for x in (rewards, golds))
         rows.append({"row": f"best of {n}", "kind": "best_of_n", "kl": evaluate.kl_of_best(n),
                      "reward": reward, "gold": gold})
     return rows
@@ -290,11 +289,13 @@ def reward_model_boundary(flow: Flow) -> list[dict]:
 
 
 def human_lines_swapped(flow: Flow, pairs: list[corpus.Record]) -> str:
-    """A .jsonl of comparisons: the human line about a function and one about another, where the labeller
-    prefers the first.
+    """A .jsonl of comparisons: the human line about a function and one about another, held out as the first
+    is or not at all, where the labeller prefers the first.
     """
-    judge, others = judge_of(flow), np.random.default_rng(flow.seed).permutation(len(pairs))
-    compared = [(r.prompt, r.response, pairs[i].response) for r, i in zip(pairs, others)]
+    judge, rng = judge_of(flow), np.random.default_rng(flow.seed)
+    compared = [(r.prompt, r.response, part[i].response)
+                for part in corpus.split(pairs, checkpoint.held_out_names(flow.sft()))
+                for r, i in zip(part, rng.permutation(len(part)))]
     return write_records(flow.folder / "human_lines_swapped.jsonl", [
         {"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in compared
         if judge.gold(prompt, right) - judge.gold(prompt, wrong) >= labeller.TIE])
@@ -318,7 +319,7 @@ def stability(flow: Flow) -> list[dict]:
             try:
                 lines = metrics_of(flow.ppo(f"ppo_lr{lr:g}_beta{beta:g}", **settings), "reward")
             except Fault as fault:
-                rows.append(row | {"first_warning": str(fault)})
+                rows.append(row | {"diverged": str(fault)})
                 continue
             last = {name: float(np.mean([line[name] for line in lines[-3:]]))
                     for name in ("gold", "reward", "kl", "entropy", "length", "ended", "repetition")}

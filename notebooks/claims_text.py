@@ -282,10 +282,8 @@ def shuffled_pairs(flow: Flow) -> tuple[list[corpus.Record], list[corpus.Record]
 def tuned_on(flow: Flow, name: str, pairs: list[tuple[str, str]], held_out, init: str) -> tuple[str, dict]:
     """A short SFT on these pairs alone: its folder; loss on the held-out human answers, score of greedy ones.
     """
-    path = flow.folder / f"{name}.jsonl"
-    if not path.exists():
-        write_pairs(path, pairs + [(r.prompt, r.response) for r in held_out[:600]])
-    sft = flow.sft(name, init=init, data=str(path), **flow.steps(train_sft, 0.15))
+    path = write_pairs(flow.folder / f"{name}.jsonl", pairs + [(r.prompt, r.response) for r in held_out])
+    sft = flow.sft(name, init=init, data=path, **flow.steps(train_sft, 0.15))
     return sft, {"loss": metrics_of(sft)[-1]["loss"], **summaries(flow, sft)}
 
 

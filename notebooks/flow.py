@@ -86,7 +86,8 @@ class Flow:
 def data_of(stage, folder: str, **settings) -> tuple:
     """(config, run, data) of a finished run of the stage, some of its settings changed, loaded as it did."""
     saved = json.loads((Path(folder) / "config.json").read_text())
-    config = stage.Config(**{name: saved[name] for name in vars(stage.Config())} | settings)
+    usual = vars(stage.Config())                    # holds what is newer than the run
+    config = stage.Config(**{name: saved.get(name, usual[name]) for name in usual} | settings)
     run = common.Run(Path(folder), torch.device("cpu"), torch.float32)
     with contextlib.redirect_stdout(None):
         return config, run, stage.load_data(config, run)

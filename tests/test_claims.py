@@ -1,6 +1,7 @@
 """notebooks/claims.py: its arithmetic, and that the committed record is what it would write."""
 import math
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,25 @@ def test_an_unknown_measurement_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="there is no measurement luck; there are structures"):
         claims.main(claims.Config(only="luck", record=str(tmp_path / "claims.jsonl")))
     assert not (tmp_path / "claims.jsonl").exists()
+
+
+def test_an_interruption_keeps_what_was_not_measured_again(tmp_path, monkeypatch):
+    """The rows of a measurement and seed are replaced when there are new ones; named twice, it has them once."""
+    def submit(pool, function, config, name, seed):
+        job = Future()
+        rows = [{"claim": name, "seed": seed, "row": "new"}]
+        job.set_result(rows) if seed == 1 else job.set_exception(KeyboardInterrupt())
+        return job
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", type("Pool", (), {
+        "__init__": lambda *_: None, "submit": submit, "shutdown": lambda *_, **__: None}))
+    monkeypatch.setattr(claims, "as_completed", iter)
+    monkeypatch.setattr(claims.corpus, "load_records", lambda *_: [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    record = tmp_path / "claims.jsonl"
+    record.write_text("".join(f'{{"claim": "ptx", "seed": {seed}, "row": "old"}}\n' for seed in (1, 2, 3)))
+    with pytest.raises(KeyboardInterrupt):
+        claims.main(claims.Config(only="ptx,ptx", record=str(record)))
+    assert [(row["seed"], row["row"]) for row in claims.read_record(record)] == [(1, "new"), (2, "old"), (3, "old")]
 
 
 @pytest.mark.parametrize("name", ["seeds", "prompts", "best_of"])

@@ -46,17 +46,13 @@ def on_both_devices(network, batch) -> tuple[list, list]:
 def test_the_causal_route(T, dtype):
     """cuDNN's kernel, or the next one that can, under no mask tensor."""
     q, k, v, out = (torch.randn(2, heads, T, 64, dtype=dtype, device="cuda") for heads in (6, 2, 2, 6))
-    dense = masks.dense(masks.causal, 2, T, T, "cuda")
-    results = []
-    for kind, width in ((dtype, 1), (torch.float64, 3)):
-        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)]
-        if kind == dtype:
-            y = networks.attention(*inputs, masks.causal)
-        else:
-            heads = [inputs[0], *(x.repeat_interleave(width, dim=1) for x in inputs[1:])]
-            y = networks.written_out_attention(*heads, dense)
-        results.append((y, *torch.autograd.grad(y, inputs, out.to(kind))))
-    for found, expected in zip(*results):
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    y = networks.attention(*inputs, masks.causal)
+    heads = [exact[0], *(x.repeat_interleave(3, dim=1) for x in exact[1:])]
+    z = networks.written_out_attention(*heads, masks.dense(masks.causal, 2, T, T, "cuda"))
+    for found, expected in zip((y, *torch.autograd.grad(y, inputs, out)),
+                               (z, *torch.autograd.grad(z, exact, out.double()))):
         close(found, expected, TOLERANCE[dtype])
 
 

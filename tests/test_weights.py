@@ -684,6 +684,17 @@ def test_import_and_export_give_the_same_file(name, layout, kind, tmp_path):
     assert_alike(before, after, a["model_config"]["structure"])
 
 
+@pytest.mark.parametrize("words", ["import {0} {0}", "import {0} {0}/../published --overwrite",
+                                   "export {0} {0} --layout llama"])
+def test_a_folder_is_not_written_over_itself(words, tmp_path):
+    """Its config.json would be lost."""
+    folder = put_checkpoint(tmp_path / "published", "llama", "gpt2")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="both what is read and what is written"):
+        command(words.format(folder))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def assert_alike(before: Tokenizer, after: Tokenizer, structure: str):
     """Both encode, pad, end, open and close alike."""
     assert [before.encode(text) for text in TEXTS] == [after.encode(text) for text in TEXTS]
