@@ -131,14 +131,14 @@ class Run:
 
 
 def passed_on(config, flag: str, *kept: str) -> str:
-    """What the next command has to be told: by `flag` a run folder other than the usual, the fields `kept`
-    where they are not the usual either, and --tiny.
+    """The flags of the next command: by `flag` this run's folder and by their names the fields `kept`, where
+    they are not the usual ones; and --tiny.
     """
-    return told(config, {flag: "out", **{f"--{name}": name for name in kept}})
+    return flags_of(config, {flag: "out", **{f"--{name}": name for name in kept}})
 
 
-def told(config, fields: dict[str, str]) -> str:
-    """The flags of these fields, {flag: name}, that have to be given."""
+def flags_of(config, fields: dict[str, str]) -> str:
+    """The flags of those of these fields, {flag: name}, that are not the usual ones."""
     usual = vars(type(config)()) | (config.TINY if config.tiny else {})
     given = {flag: value for flag, name in fields.items() if (value := getattr(config, name)) != usual[name]}
     return "".join(f" {flag}" + f" {shlex.quote(str(value))}" * (value is not True)
@@ -149,11 +149,11 @@ def command_of(config) -> str:
     """The command that began a run and goes on with it, without its folder, which may be moved."""
     others = ("out", "resume", "overwrite", "tiny")
     fields = {f"--{name}": name for name in vars(config) if name not in others}
-    return f"python {Path(inspect.getfile(type(config))).name}" + told(config, fields)
+    return f"python {Path(inspect.getfile(type(config))).name}" + flags_of(config, fields)
 
 
 def first_question(folder: str, data: str) -> str:
-    """The command that asks a finished run a first question; for own data the reader fills it in."""
+    """The command that asks a finished run a first question, which is left open for own data."""
     prompt = "..." if data else "def area(width, height):"
     return f'python generate.py --run {shlex.quote(folder)} --prompt "{prompt}"'
 

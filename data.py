@@ -80,14 +80,15 @@ def balanced_rows(sizes: list[tuple], row_length: int) -> list[list[int]]:
 
     A size has one number for a decoder, two (source, target) for an encoder-decoder. Several numbers of rows
     are tried, since 64 examples fill 8 rows evenly but not 10; the one that computes the fewest tokens is
-    taken.
+    taken. Where all examples are of one size, as pieces of a long text are, several numbers may compute as
+    few: then the largest, since shorter rows attend to less.
     """
     sizes = np.array(sizes)
     wanted = (sizes.sum(0) / row_length).max()
     fewest = math.ceil(2 * wanted / (5 if sizes.shape[1] == 2 else 3))
     tries = {min(len(sizes), n) for n in range(fewest, int(5 * wanted / 4) + 2)}
-    full = bool((sizes == sizes[0]).all())               # as pieces of long texts are: the shorter rows, then
-    return min((_spread(sizes, n) for n in sorted(tries, reverse=full)), key=lambda rows: len(rows) * sum(
+    alike = bool((sizes == sizes[0]).all())
+    return min((_spread(sizes, n) for n in sorted(tries, reverse=alike)), key=lambda rows: len(rows) * sum(
         few_sizes(int(n)) for n in np.max([sizes[row].sum(0) for row in rows], axis=0)))
 
 
