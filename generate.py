@@ -301,7 +301,7 @@ def main(config: Config) -> list[str]:
     drawing = [name for name in ("samples", "temperature", "top_k", "top_p")
                if getattr(config, name) != getattr(Config, name)]
     if config.beams and drawing:
-        raise UserError(f"a beam search finds one answer to a prompt and draws nothing: leave out "
+        raise UserError("a beam search finds one answer to a prompt and draws nothing: leave out "
                         f"{', '.join(drawing)}")
     if config.prompt and config.prompts:
         raise UserError("prompt and prompts are both given; one of them is meant")
